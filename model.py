@@ -1,0 +1,481 @@
+"""The model of "Masked Autoencoders As Spatiotemporal Learners" (arXiv:2205.09113), and what its weights need.
+
+Read from top to bottom:
+
+    tubelets and masking    a video becomes tokens of 2 x 16 x 16 pixels, 90 % of them are hidden    (section 3.1, 3.2)
+    the encoder             a plain ViT, on the visible tokens alone                                  (section 3.2)
+    MAE                     encoder, small decoder, loss on the hidden tokens                         (section 3.2, 3.3)
+    Classifier              the same encoder, all tokens, averaged                                    (appendix A)
+    weights                 loading from any layout, optimizer groups, schedule, checkpoints          (Tables 5 and 6)
+
+Shapes: B clips, T x H x W their frames and pixels, (t, h, w) the grid of tokens, N = t * h * w of them, V visible,
+D the width of the encoder. Parameter names are those of the released code, so its files load as they are.
+"""
+
+import math
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.ops import StochasticDepth
+
+# ViT-B, L and H of the paper, and one for a laptop. All of the paper's use tubelets of 2 x 16 x 16 pixels. vit_demo's
+# positions start from sines: with random ones its loss sits on a plateau for most of a run of a few minutes.
+SIZES = {
+    "vit_b": dict(embed_dim=768, depth=12, num_heads=12),
+    "vit_l": dict(embed_dim=1024, depth=24, num_heads=16),
+    "vit_h": dict(embed_dim=1280, depth=32, num_heads=16),
+    "vit_demo": dict(img_size=48, patch_size=8, embed_dim=192, depth=4, num_heads=3, sine_positions=True),
+}
+PIXEL_MEAN, PIXEL_STD = 0.45, 0.225  # of each channel, for pixels in 0..1
+MASKINGS = ("agnostic", "space-only", "time-only", "block-wise")  # Figure 4
+
+# ------------------------------------------------------------------------------------------- tubelets and masking
+
+
+def patchify(video, patch_size, t_patch_size):
+    """Cut a video into tubelets: (B, 3, T, H, W) -> (B, N, u*p*p*3) with u = t_patch_size, p = patch_size.
+
+    Tokens are ordered by time, row, column; inside a token the numbers are ordered by frame, row, column, channel.
+    What does not fill a whole tubelet at the end, the bottom or the right is dropped, as a strided convolution does.
+    """
+    B, C, T, H, W = video.shape
+    u, p = t_patch_size, patch_size
+    t, h, w = T // u, H // p, W // p
+    if min(t, h, w) == 0:
+        raise ValueError(f"a clip of {T} x {H} x {W} is smaller than one tubelet of {u} x {p} x {p}")
+    video = video[:, :, : t * u, : h * p, : w * p]
+    return video.reshape(B, C, t, u, h, p, w, p).permute(0, 2, 4, 6, 3, 5, 7, 1).reshape(B, t * h * w, u * p * p * C)
+
+
+def unpatchify(tubelets, grid, patch_size):
+    """Put tubelets together again: (B, t*h*w, u*p*p*3) -> (B, 3, t*u, h*p, w*p); the inverse of patchify."""
+    (t, h, w), p = grid, patch_size
+    x = tubelets.reshape(len(tubelets), t, h, w, -1, p, p, 3).permute(0, 7, 1, 4, 2, 5, 3, 6)
+    return x.reshape(len(tubelets), 3, -1, h * p, w * p)
+
+
+def normalize(pixels):
+    """uint8 pixels to normalised floats; floats are taken to be normalised already."""
+    return (pixels.float() / 255 - PIXEL_MEAN) / PIXEL_STD if pixels.dtype == torch.uint8 else pixels
+
+
+def num_visible(grid, mask_ratio, masking="agnostic"):
+    """How many of the t * h * w tokens stay: int(N * (1 - ratio)); in whole tubes or time steps where those are hidden.
+
+    Raises ValueError where the ratio is outside [0, 1) or leaves no token at all.
+    """
+    if not 0 <= mask_ratio < 1:
+        raise ValueError(f"mask ratio {mask_ratio} is outside [0, 1)")
+    t, h, w = grid
+    unit = {"space-only": t, "time-only": h * w}.get(masking, 1)  # tokens that are hidden together
+    visible = unit * int(t * h * w // unit * (1 - mask_ratio))
+    if visible == 0:
+        raise ValueError(
+            f"{masking} masking of {t} x {h} x {w} tokens at ratio {mask_ratio} hides them all; "
+            f"use at most {1 - unit / (t * h * w):.4g}"
+        )
+    return visible
+
+
+def masking_noise(grid, mask_ratio, masking="agnostic", generator=None):
+    """One number per token, (t*h*w,): the num_visible(...) smallest stay visible (section 3.2, Figure 4).
+
+    agnostic: uniform over all tokens. space-only: the same places in every time step. time-only: whole time steps.
+    block-wise: boxes a quarter to a half of the grid long in each direction, until enough is hidden.
+    """
+    t, h, w = grid
+    if masking == "agnostic":
+        return torch.rand(t * h * w, generator=generator)
+    if masking == "space-only":
+        return torch.rand(h * w, generator=generator).repeat(t)
+    if masking == "time-only":
+        return torch.rand(t, generator=generator).repeat_interleave(h * w)
+    if masking != "block-wise":
+        raise ValueError(f"masking {masking!r} is none of {', '.join(MASKINGS)}")
+    noise = torch.rand(grid, generator=generator)
+    missing = t * h * w - num_visible(grid, mask_ratio, masking)
+    while missing > 0:
+        size = [int(torch.randint(max(1, n // 4), n // 2 + 2, (), generator=generator)) for n in grid]
+        start = [int(torch.randint(n - s + 1, (), generator=generator)) for n, s in zip(grid, size)]
+        block = torch.zeros(grid, dtype=torch.bool)
+        block[tuple(slice(i, i + s) for i, s in zip(start, size))] = True
+        fresh = (block & (noise < 1)).flatten().nonzero()[:missing, 0]  # the last box is cut to the exact count
+        noise.view(-1)[fresh] += 1
+        missing -= len(fresh)
+    return noise.flatten()
+
+
+def take(tokens, ids):
+    """The tokens of given ids: (B, N, C), (B, K) -> (B, K, C)."""
+    return tokens.gather(1, ids[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+# ---------------------------------------------------------------------------------------------------- the encoder
+
+
+class TubeletEmbed(nn.Module):
+    """The patch embedding, applied to tubelets that are already cut out: (B, V, u*p*p*3) -> (B, V, D).
+
+    A strided convolution over the whole video would embed the hidden tokens too. The weight keeps the shape of
+    Conv3d's, which is what checkpoints hold.
+    """
+
+    def __init__(self, patch_size, t_patch_size, embed_dim):
+        super().__init__()
+        size = (t_patch_size, patch_size, patch_size)
+        self.proj = nn.Conv3d(3, embed_dim, kernel_size=size, stride=size)
+
+    def forward(self, tubelets):
+        weight = self.proj.weight.permute(0, 2, 3, 4, 1).flatten(1)  # (D, 3, u, p, p) -> (D, u*p*p*3)
+        return F.linear(tubelets, weight, self.proj.bias)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.k, self.v = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        q, k, v = (f(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, D / heads)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Two linear layers, four times as wide in between."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block; in training, drop_path is the chance that a sample skips a branch."""
+
+    def __init__(self, dim, num_heads, drop_path=0.0):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        self.attn, self.mlp = Attention(dim, num_heads), Mlp(dim)
+        self.drop_path = StochasticDepth(drop_path, mode="row")
+
+    def forward(self, x):
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def sines(n, dim, stretch):
+    """(n, dim): sines and cosines of the positions 0..n-1, at wavelengths from 4 to 4 * stretch positions."""
+    angle = torch.arange(n)[:, None] * torch.pi / 2 * stretch ** -torch.linspace(0, 1, dim // 2)
+    return torch.cat([angle.sin(), angle.cos()], 1)
+
+
+def resize_space(table, old, new):
+    """Resize a table of positions in space: (1, h*w, D) on grid `old` = (h, w) -> (1, h'*w', D) on `new`, bicubic."""
+    if tuple(old) == tuple(new):
+        return table
+    image = table.float().unflatten(1, old).permute(0, 3, 1, 2)
+    return F.interpolate(image, size=tuple(new), mode="bicubic").flatten(2).mT
+
+
+def resize_time(table, new):
+    """Resize a table of positions in time: (1, t, D) -> (1, new, D), linear."""
+    return table if table.shape[1] == new else F.interpolate(table.float().mT, size=new, mode="linear").mT
+
+
+class VideoViT(nn.Module):
+    """The encoder: a plain ViT over the tubelets it is given, with separable learned positions and a class token."""
+
+    def __init__(self, img_size=224, patch_size=16, num_frames=16, t_patch_size=2, embed_dim=1024, depth=24,
+                 num_heads=16, drop_path=0.0, sine_positions=False):  # fmt: skip
+        super().__init__()
+        self.patch_size, self.t_patch_size, self.sine_positions = patch_size, t_patch_size, sine_positions
+        self.grid = (num_frames // t_patch_size, img_size // patch_size, img_size // patch_size)  # (t, h, w)
+        self.patch_embed = TubeletEmbed(patch_size, t_patch_size, embed_dim)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.add_positions("", embed_dim)
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]  # stochastic depth rises linearly with depth
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, rate) for rate in rates)
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+
+    def add_positions(self, prefix, dim):
+        t, h, w = self.grid
+        for name, n in {"spatial": h * w, "temporal": t, "class": 1}.items():
+            self.register_parameter(f"{prefix}pos_embed_{name}", nn.Parameter(torch.empty(1, n, dim)))
+
+    def init_weights(self):
+        """Positions and tokens trunc_normal(0.02), linear layers Xavier-uniform, biases 0; norms as they come."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv3d)):
+                nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
+                nn.init.zeros_(module.bias)
+        for name, parameter in self.named_parameters():
+            if "pos_embed" in name or "token" in name:
+                nn.init.trunc_normal_(parameter, std=0.02)
+        if self.sine_positions:
+            t, h, w = self.grid
+            for prefix in ("", "decoder_") if hasattr(self, "decoder_pos_embed_spatial") else ("",):
+                space, time = getattr(self, prefix + "pos_embed_spatial"), getattr(self, prefix + "pos_embed_temporal")
+                dim = space.shape[-1]
+                rows = sines(h, dim // 2, h)[:, None].expand(h, w, -1)
+                columns = sines(w, dim // 2, w)[None].expand(h, w, -1)
+                with torch.no_grad():
+                    space.copy_(torch.cat([rows, columns], -1).reshape(1, h * w, dim))
+                    time.copy_(sines(t, dim, t)[None])
+
+    def grid_of(self, video):
+        """The grid (t, h, w) of tokens of a video (B, 3, T, H, W)."""
+        T, H, W = video.shape[2:]
+        return T // self.t_patch_size, H // self.patch_size, W // self.patch_size
+
+    def positions(self, prefix, grid):
+        """Space and time added, class token first: (1, 1 + N, D). Resized where `grid` is not the model's own."""
+        space, time, cls = (getattr(self, f"{prefix}pos_embed_{name}") for name in ("spatial", "temporal", "class"))
+        space, time = resize_space(space, self.grid[1:], grid[1:]), resize_time(time, grid[0])
+        return torch.cat([cls, (time[:, :, None] + space[:, None]).flatten(1, 2)], 1)
+
+    def encode(self, tubelets, grid, ids=None):
+        """Encode the given tubelets, and see nothing else: (B, V, u*p*p*3) -> (B, 1 + V, D), class token first.
+
+        ids (B, V) are their places in the grid (t, h, w), counted by time, row, column; None: all N of them, in order.
+        Without the final norm, which MAE applies to each token and a classifier to their average.
+        """
+        position = self.positions("", grid)
+        at = position[:, 1:] if ids is None else F.embedding(ids, position[0, 1:])
+        x = self.patch_embed(normalize(tubelets)) + at  # (B, V, D)
+        x = torch.cat([(self.cls_token + position[:, :1]).expand(len(x), -1, -1), x], 1)  # (B, 1 + V, D)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+# ------------------------------------------------------------------------------------------------------------ MAE
+
+
+class MAE(VideoViT):
+    """The masked autoencoder (section 3): encode the visible tubelets, decode all, compare the hidden ones.
+
+    pred_t_dim: frames to predict in a clip; num_frames // t_patch_size (the default) predicts one time slice of each
+    tubelet, its first frame, num_frames predicts whole tubelets. norm_pix_loss: each target patch is normalised by its
+    own mean and deviation. The decoder's width and depth are those of Table 12; its heads are 64 wide.
+    """
+
+    def __init__(self, decoder_embed_dim=512, decoder_depth=4, decoder_num_heads=8, norm_pix_loss=True,
+                 pred_t_dim=None, masking="agnostic", **encoder):  # fmt: skip
+        super().__init__(**encoder)
+        steps, frames = self.grid[0], self.grid[0] * self.t_patch_size
+        pred_t_dim = pred_t_dim or steps
+        if pred_t_dim not in (steps, frames):
+            raise ValueError(f"pred_t_dim is {pred_t_dim}; {steps} (a slice of each tubelet) or {frames} (all of it)")
+        if masking not in MASKINGS:
+            raise ValueError(f"masking {masking!r} is none of {', '.join(MASKINGS)}")
+        self.norm_pix_loss, self.masking = norm_pix_loss, masking
+        self.pred_frames = pred_t_dim // steps  # frames predicted of each tubelet
+        width = self.norm.normalized_shape[0]
+        self.decoder_embed = nn.Linear(width, decoder_embed_dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_embed_dim))
+        self.decoder_cls_token = nn.Parameter(torch.empty(1, 1, decoder_embed_dim))
+        self.add_positions("decoder_", decoder_embed_dim)
+        self.decoder_blocks = nn.ModuleList(Block(decoder_embed_dim, decoder_num_heads) for _ in range(decoder_depth))
+        self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
+        self.decoder_pred = nn.Linear(decoder_embed_dim, self.pred_frames * self.patch_size**2 * 3)
+        self.init_weights()
+
+    def decode(self, latent, visible, grid):
+        """Predict every token from the visible ones: (B, 1 + V, D), their ids (B, V) -> (B, N, pred_frames*p*p*3)."""
+        x = self.decoder_embed(latent[:, 1:])  # the encoder's class token ends here
+        B, V, C = x.shape
+        tokens = self.mask_token.to(x.dtype).expand(B, grid[0] * grid[1] * grid[2], C)
+        x = tokens.scatter(1, visible[..., None].expand(B, V, C), x)  # visible tokens go back to their places
+        x = torch.cat([self.decoder_cls_token.expand(B, 1, C), x], 1) + self.positions("decoder_", grid)
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_pred(self.decoder_norm(x[:, 1:]))
+
+    def target(self, tubelets):
+        """What the decoder has to predict of given tubelets: (B, K, u*p*p*3) -> (B, K, pred_frames*p*p*3)."""
+        target = normalize(tubelets[..., : self.decoder_pred.out_features])  # frames come first inside a tubelet
+        if self.norm_pix_loss:
+            var, mean = torch.var_mean(target, dim=-1, keepdim=True)
+            target = (target - mean) / (var + 1e-6).sqrt()
+        return target
+
+    def forward(self, video, mask_ratio=0.9, noise=None):
+        """video (B, 3, T, H, W), uint8 or normalised floats -> loss, pred (B, N, pred_frames*p*p*3), mask (B, N).
+
+        noise (B, N), from masking_noise: the tokens with the smallest stay visible; drawn here if it is not given.
+        mask is 1 where a token is hidden. The loss is the mean squared error on the hidden tokens.
+        """
+        grid = self.grid_of(video)
+        tubelets = patchify(video, self.patch_size, self.t_patch_size)  # (B, N, u*p*p*3)
+        if noise is None:
+            noise = torch.stack([masking_noise(grid, mask_ratio, self.masking) for _ in video]).to(video.device)
+        keep = num_visible(grid, mask_ratio, self.masking)
+        visible, hidden = noise.argsort(dim=1, stable=True).tensor_split([keep], dim=1)  # (B, V), (B, N - V)
+        latent = self.norm(self.encode(take(tubelets, visible), grid, visible))  # (B, 1 + V, D)
+        pred = self.decode(latent, visible, grid)  # (B, N, pred_frames*p*p*3)
+        error = take(pred, hidden).float() - self.target(take(tubelets, hidden))  # (B, N - V, pred_frames*p*p*3)
+        loss = error.square().sum() / max(1, error.numel())  # 0 where nothing is hidden
+        mask = torch.ones_like(noise).scatter(1, visible, 0)
+        return loss, pred, mask
+
+
+# ----------------------------------------------------------------------------------------------------- classifier
+
+
+class Classifier(VideoViT):
+    """The encoder fine-tuned to classify (appendix A): average the patch tokens, norm, dropout, linear."""
+
+    def __init__(self, num_classes=400, dropout=0.0, **encoder):
+        super().__init__(**encoder)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(self.norm.normalized_shape[0], num_classes)
+        self.init_weights()
+        nn.init.trunc_normal_(self.head.weight, std=2e-5)
+
+    def forward(self, video):
+        """video (B, 3, T, H, W), uint8 or normalised floats -> logits (B, num_classes)."""
+        x = self.encode(patchify(video, self.patch_size, self.t_patch_size), self.grid_of(video))
+        return self.head(self.dropout(self.norm(x[:, 1:].mean(1))))
+
+
+# -------------------------------------------------------------------------------------------------------- weights
+
+
+def read_checkpoint(path):
+    """Read a checkpoint file to the CPU. Only tensors and plain values are read: no code in it can run.
+
+    Raises ValueError, naming the file, where it is missing, damaged or no checkpoint.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such checkpoint") from None
+    except Exception as error:  # torch.load raises what the damage happens to hit: zip, pickle, key, end of file
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{path}: not a checkpoint that can be read ({reason}); is the file whole?") from None
+
+
+def save_checkpoint(path, **content):
+    """Write a checkpoint to a temporary file beside `path`, then rename: a kill leaves the old file or the new one."""
+    temporary = Path(f"{path}.tmp")
+    with open(temporary, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def to_official_names(state, model):
+    """A state dict in any layout of the field, with the names and shapes of this model.
+
+    Known: prefixes of DDP and torch.compile; fused qkv (PySlowFast, image MAE, timm); a 2D patch kernel, repeated over
+    time and divided by its length; a joint table of positions, split into class and space, time 0 (Table 3); the norm
+    before the head called fc_norm; PySlowFast's head.projection.
+    """
+    u, out = model.t_patch_size, {}
+    for key, value in state.items():
+        for prefix in ("module.", "_orig_mod."):
+            key = key.removeprefix(prefix)
+        key = key.replace("head.projection.", "head.")
+        if key.startswith("fc_norm."):
+            key = key.removeprefix("fc_")
+        if ".qkv." in key:
+            out |= {key.replace("qkv", name): part for name, part in zip("qkv", value.chunk(3))}
+        elif key == "patch_embed.proj.weight" and value.ndim == 4:
+            out[key] = value[:, :, None].repeat(1, 1, u, 1, 1) / u
+        elif key in ("pos_embed", "decoder_pos_embed"):
+            time = torch.zeros(1, model.grid[0], value.shape[-1])
+            out |= {key + "_class": value[:, :1], key + "_spatial": value[:, 1:], key + "_temporal": time}
+        else:
+            out[key] = value
+    return out
+
+
+def load_pretrained(model, path):
+    """Load the weights in `path` into `model`, from every layout named in to_official_names; what is loaded is printed.
+
+    Positions are resized where sizes differ. Tensors outside the encoder (decoder, head) may be missing, or be left
+    out where they do not fit. Raises ValueError where a tensor of the encoder is missing or does not fit.
+    Returns the names as {"loaded": [...], "left out": [...], "not found": [...]}.
+    """
+    checkpoint = read_checkpoint(path)
+    for key in ("model", "model_state", "state_dict"):
+        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
+            checkpoint = checkpoint[key]
+            break
+    if not isinstance(checkpoint, dict) or not any(torch.is_tensor(value) for value in checkpoint.values()):
+        raise ValueError(f"{path}: holds no weights; expected a state dict, or one under 'model' or 'model_state'")
+    state = to_official_names({k: v for k, v in checkpoint.items() if torch.is_tensor(v)}, model)
+    own, loaded, left_out, misfits = model.state_dict(), {}, [], []
+    for key, value in state.items():
+        if key in own and key.endswith("pos_embed_spatial") and value.shape[1] != own[key].shape[1]:
+            side = round(value.shape[1] ** 0.5)
+            value = resize_space(value, (side, side), model.grid[1:])
+        elif key in own and key.endswith("pos_embed_temporal"):
+            value = resize_time(value, model.grid[0])
+        if key in own and value.shape == own[key].shape:
+            loaded[key] = value
+        else:
+            left_out.append(key)
+            if key in own:
+                misfits.append(f"{key} is {tuple(value.shape)}, the model's {tuple(own[key].shape)}")
+    optional = ("head", "decoder", "mask_token")
+    misfits = [text for text in misfits if not text.startswith(optional)]
+    not_found = [key for key in own if key not in loaded]
+    missing = [key for key in not_found if not key.startswith(optional) and key not in left_out]
+    if misfits or missing:
+        raise ValueError(
+            f"{path}: does not fit this model: {len(misfits)} tensors of another shape ({'; '.join(misfits[:2])}), "
+            f"{len(missing)} missing ({', '.join(missing[:2])}). Is --model the size that the file was trained with?"
+        )
+    model.load_state_dict(loaded, strict=False)
+    report = {"loaded": list(loaded), "left out": left_out, "not found": not_found}
+    groups = {name: sorted({key.split(".")[0] for key in keys}) for name, keys in report.items()}
+    print(f"{path}: " + "; ".join(f"{n} {len(report[n])} tensors ({', '.join(g)})" for n, g in groups.items() if g))
+    return report
+
+
+def parameter_groups(model, weight_decay, layer_decay=1.0):
+    """Parameters with equal settings, for an optimizer: dicts of params, names, weight_decay, lr_scale (appendix A).
+
+    No weight decay on biases, norms, tokens and positions. Layer-wise decay: layer 0 is patch embedding, class token
+    and positions, block i is layer i + 1, and layer l learns at layer_decay ** (depth + 1 - l) of the full rate;
+    norm, head and decoder learn at the full rate.
+    """
+    depth, groups = len(model.blocks), {}
+    for name, parameter in model.named_parameters():
+        layer = depth + 1
+        if name.startswith(("patch_embed", "cls_token", "pos_embed")):
+            layer = 0
+        elif name.startswith("blocks."):
+            layer = int(name.split(".")[1]) + 1
+        decays = parameter.ndim > 1 and "token" not in name and "pos_embed" not in name
+        key = layer_decay ** (depth + 1 - layer), weight_decay if decays else 0.0
+        group = groups.setdefault(key, dict(params=[], names=[], lr_scale=key[0], weight_decay=key[1]))
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def learning_rate(epoch, lr, warmup_epochs, epochs):
+    """Linear warm-up, then half a cosine to 0; epochs are effective and may be fractions (Tables 5 and 6)."""
+    if epoch < warmup_epochs:
+        return lr * epoch / warmup_epochs
+    return lr * 0.5 * (1 + math.cos(math.pi * (epoch - warmup_epochs) / (epochs - warmup_epochs)))
+
+
+def has_bf16(device):
+    """Whether this device multiplies matrices in bfloat16 in hardware: elsewhere autocast would only be slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
