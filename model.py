@@ -32,6 +32,11 @@ SIZES = {
 PIXEL_MEAN, PIXEL_STD = 0.45, 0.225  # of each channel, for pixels in 0..1
 MASKINGS = ("agnostic", "space-only", "time-only", "block-wise")  # Figure 4
 
+
+class InputError(ValueError):
+    """What the user gave cannot be used; the message says what was found and what to do."""
+
+
 # ------------------------------------------------------------------------------------------- tubelets and masking
 
 
@@ -45,7 +50,7 @@ def patchify(video, patch_size, t_patch_size):
     u, p = t_patch_size, patch_size
     t, h, w = T // u, H // p, W // p
     if min(t, h, w) == 0:
-        raise ValueError(f"a clip of {T} x {H} x {W} is smaller than one tubelet of {u} x {p} x {p}")
+        raise InputError(f"a clip of {T} x {H} x {W} is smaller than one tubelet of {u} x {p} x {p}")
     video = video[:, :, : t * u, : h * p, : w * p]
     return video.reshape(B, C, t, u, h, p, w, p).permute(0, 2, 4, 6, 3, 5, 7, 1).reshape(B, t * h * w, u * p * p * C)
 
@@ -65,15 +70,15 @@ def normalize(pixels):
 def num_visible(grid, mask_ratio, masking="agnostic"):
     """How many of the t * h * w tokens stay: int(N * (1 - ratio)); in whole tubes or time steps where those are hidden.
 
-    Raises ValueError where the ratio is outside [0, 1) or leaves no token at all.
+    Raises InputError where the ratio is outside [0, 1) or leaves no token at all.
     """
     if not 0 <= mask_ratio < 1:
-        raise ValueError(f"mask ratio {mask_ratio} is outside [0, 1)")
+        raise InputError(f"mask ratio {mask_ratio} is outside [0, 1)")
     t, h, w = grid
     unit = {"space-only": t, "time-only": h * w}.get(masking, 1)  # tokens that are hidden together
     visible = unit * int(t * h * w // unit * (1 - mask_ratio))
     if visible == 0:
-        raise ValueError(
+        raise InputError(
             f"{masking} masking of {t} x {h} x {w} tokens at ratio {mask_ratio} hides them all; "
             f"use at most {1 - unit / (t * h * w):.4g}"
         )
@@ -94,7 +99,7 @@ def masking_noise(grid, mask_ratio, masking="agnostic", generator=None):
     if masking == "time-only":
         return torch.rand(t, generator=generator).repeat_interleave(h * w)
     if masking != "block-wise":
-        raise ValueError(f"masking {masking!r} is none of {', '.join(MASKINGS)}")
+        raise InputError(f"masking {masking!r} is none of {', '.join(MASKINGS)}")
     noise = torch.rand(grid, generator=generator)
     missing = t * h * w - num_visible(grid, mask_ratio, masking)
     while missing > 0:
@@ -275,9 +280,9 @@ class MAE(VideoViT):
         steps, frames = self.grid[0], self.grid[0] * self.t_patch_size
         pred_t_dim = pred_t_dim or steps
         if pred_t_dim not in (steps, frames):
-            raise ValueError(f"pred_t_dim is {pred_t_dim}; {steps} (a slice of each tubelet) or {frames} (all of it)")
+            raise InputError(f"pred_t_dim is {pred_t_dim}; {steps} (a slice of each tubelet) or {frames} (all of it)")
         if masking not in MASKINGS:
-            raise ValueError(f"masking {masking!r} is none of {', '.join(MASKINGS)}")
+            raise InputError(f"masking {masking!r} is none of {', '.join(MASKINGS)}")
         self.norm_pix_loss, self.masking = norm_pix_loss, masking
         self.pred_frames = pred_t_dim // steps  # frames predicted of each tubelet
         width = self.norm.normalized_shape[0]
@@ -354,15 +359,15 @@ class Classifier(VideoViT):
 def read_checkpoint(path):
     """Read a checkpoint file to the CPU. Only tensors and plain values are read: no code in it can run.
 
-    Raises ValueError, naming the file, where it is missing, damaged or no checkpoint.
+    Raises InputError, naming the file, where it is missing, damaged or no checkpoint.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such checkpoint") from None
+        raise InputError(f"{path}: no such checkpoint") from None
     except Exception as error:  # torch.load raises what the damage happens to hit: zip, pickle, key, end of file
         reason = str(error).split("\n")[0]
-        raise ValueError(f"{path}: not a checkpoint that can be read ({reason}); is the file whole?") from None
+        raise InputError(f"{path}: not a checkpoint that can be read ({reason}); is the file whole?") from None
 
 
 def save_checkpoint(path, **content):
@@ -405,7 +410,7 @@ def load_pretrained(model, path):
     """Load the weights in `path` into `model`, from every layout named in to_official_names; what is loaded is printed.
 
     Positions are resized where sizes differ. Tensors outside the encoder (decoder, head) may be missing, or be left
-    out where they do not fit. Raises ValueError where a tensor of the encoder is missing or does not fit.
+    out where they do not fit. Raises InputError where a tensor of the encoder is missing or does not fit.
     Returns the names as {"loaded": [...], "left out": [...], "not found": [...]}.
     """
     checkpoint = read_checkpoint(path)
@@ -414,7 +419,7 @@ def load_pretrained(model, path):
             checkpoint = checkpoint[key]
             break
     if not isinstance(checkpoint, dict) or not any(torch.is_tensor(value) for value in checkpoint.values()):
-        raise ValueError(f"{path}: holds no weights; expected a state dict, or one under 'model' or 'model_state'")
+        raise InputError(f"{path}: holds no weights; expected a state dict, or one under 'model' or 'model_state'")
     state = to_official_names({k: v for k, v in checkpoint.items() if torch.is_tensor(v)}, model)
     own, loaded, left_out, misfits = model.state_dict(), {}, [], []
     for key, value in state.items():
@@ -434,7 +439,7 @@ def load_pretrained(model, path):
     not_found = [key for key in own if key not in loaded]
     missing = [key for key in not_found if not key.startswith(optional) and key not in left_out]
     if misfits or missing:
-        raise ValueError(
+        raise InputError(
             f"{path}: does not fit this model: {len(misfits)} tensors of another shape ({'; '.join(misfits[:2])}), "
             f"{len(missing)} missing ({', '.join(missing[:2])}). Is --model the size that the file was trained with?"
         )
@@ -467,7 +472,7 @@ def parameter_groups(model, weight_decay, layer_decay=1.0):
     return list(groups.values())
 
 
-def learning_rate(epoch, lr, warmup_epochs, epochs):
+def cosine_decay(epoch, lr, warmup_epochs, epochs):
     """Linear warm-up, then half a cosine to 0; epochs are effective and may be fractions (Tables 5 and 6)."""
     if epoch < warmup_epochs:
         return lr * epoch / warmup_epochs

@@ -260,7 +260,7 @@ def test_init_is_the_papers():
 def test_schedule_is_the_released_one():
     golden = GOLDEN["lr_schedule"]
     for epoch, lr in golden["epoch_to_lr"]:
-        ours = m.learning_rate(epoch, golden["lr"], golden["warmup_epochs"], golden["epochs"])
+        ours = m.cosine_decay(epoch, golden["lr"], golden["warmup_epochs"], golden["epochs"])
         assert ours == pytest.approx(lr, abs=1e-11, rel=1e-6)
 
 

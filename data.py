@@ -1,0 +1,589 @@
+"""Videos in, clips out: which files there are, decoding, sampling, augmentation, and the embedded demo data.
+
+Read from top to bottom:
+
+    lists        what people have on disk becomes one VideoList                       (README, "Data layouts")
+    decoding     from wanted times to frames, and from frames to a clip of pixels     (PyAV)
+    sampling     which clips of a video, with which crop, flip and mask               (Table 5a; appendix A)
+    batches      which videos make a step, on which process; what happens to those that fail
+    demo         small H.264 videos, made here, in the layouts of the real data sets
+    pictures     PNG and H.264 files of what a model does
+
+A sample follows from (seed, epoch, index, repeat) alone: the number of workers or processes changes nothing of it,
+and a run that is taken up again needs no generator states.
+"""
+
+import csv
+import functools
+import hashlib
+import math
+import os
+import re
+from fractions import Fraction
+from multiprocessing import Pool
+from pathlib import Path
+
+import av
+import av.filter
+import numpy as np
+import torch
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from model import InputError
+
+FPS = 30  # what sampling rates count in: a clip of 16 frames, every 4th of 30 a second, spans 64 / 30 s
+READ_THROUGH = 10.0  # seconds between wanted frames above which a new seek is cheaper than reading on
+ATTEMPTS = 20  # videos tried in place of one that fails, before the sample is given up
+SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp", ".ts")
+SPLITS = {"train": ("train",), "val": ("val", "validate", "validation"), "test": ("test",)}  # their names on disk
+
+LAYOUTS = """\
+  DATA/train.csv                     a list: 'path label' lines (space or comma), paths relative to the list; or the
+                                     official csv (label,youtube_id,time_start,time_end,split), its videos named
+                                     ID_000001_000011.mp4 anywhere below DATA
+  DATA/train/CLASS/any name.mp4      a folder for each class
+  DATA/any name.mp4                  any folder of videos (no labels: for pre-training)
+--data also takes such a list or folder itself. No data at hand? Use --dataset demo."""
+
+
+def stateless_seed(*numbers):
+    """A seed that follows from whole numbers >= 0 alone, such as (seed, epoch, index, repeat)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+# ---------------------------------------------------------------------------------------------------------- lists
+
+
+class VideoList:
+    """The videos of a data set: paths, and labels or None.
+
+    Kept as one string of bytes and two arrays: a list of 240,000 Python strings would be copied into every worker.
+    """
+
+    def __init__(self, source, root, paths, labels=None, class_names=None):
+        """source: the file or folder the list was made of. Paths are relative to root, or absolute."""
+        if len(paths) == 0:
+            raise InputError(f"{source}: no videos in it; expected one of\n{LAYOUTS}")
+        self.source, self.root, self.class_names = str(source), str(root), class_names
+        encoded = [os.fsencode(path) for path in paths]
+        self.names = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        self.ends = np.cumsum([len(name) for name in encoded])
+        self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
+
+    def __len__(self):
+        return len(self.ends)
+
+    def path(self, index):
+        start = self.ends[index - 1] if index else 0
+        return os.path.join(self.root, os.fsdecode(self.names[start : self.ends[index]].tobytes()))
+
+    @functools.cached_property
+    def digest(self):
+        """A short hash of names and labels: the same list has the same."""
+        labels = b"" if self.labels is None else self.labels.tobytes()
+        return hashlib.blake2b(self.names.tobytes() + self.ends.tobytes() + labels, digest_size=8).hexdigest()
+
+
+def find_videos(data, split="train", videos=None, need_labels=False):
+    """Find the videos of a split in any of LAYOUTS.
+
+    data: a list file or a folder. videos: the folder that the paths of a list are relative to, or that the videos of
+    an official csv lie below, where that is not the list's own. Raises InputError where nothing fits.
+    """
+    data = Path(data)
+    if not data.exists():
+        raise InputError(f"{data}: no such file or folder; expected one of\n{LAYOUTS}")
+    if data.is_file():
+        return read_list(data, videos or data.parent, split, need_labels)
+    names = SPLITS[split]
+    for folder in (data, data / "annotations"):
+        for file in (folder / f"{name}{suffix}" for name in names for suffix in (".csv", ".txt")):
+            if file.is_file():
+                return read_list(file, videos or data, split, need_labels)
+    folder = next((data / name for name in names if (data / name).is_dir()), data)
+    paths = files_below(folder)
+    classes = sorted({path.split(os.sep)[0] for path in paths if os.sep in path})
+    stray = [path for path in paths if os.sep not in path]
+    if stray or not classes:
+        if need_labels and paths:
+            raise InputError(f"{folder / stray[0]}: no class; expected a folder for each class, or a list with labels")
+        return VideoList(folder, folder, paths)
+    index = {name: i for i, name in enumerate(classes)}
+    return VideoList(folder, folder, paths, [index[path.split(os.sep)[0]] for path in paths], classes)
+
+
+def files_below(folder):
+    """The video files anywhere below a folder, sorted, relative to it."""
+    found = []
+    for top, _, names in os.walk(folder, followlinks=True):
+        below = os.path.relpath(top, folder)
+        found += [os.path.normpath(os.path.join(below, n)) for n in names if n.lower().endswith(SUFFIXES)]
+    return sorted(found)
+
+
+def read_list(file, root, split, need_labels=False):
+    """Read a list of videos: 'path label' lines, or the official Kinetics csv."""
+    with open(file, encoding="utf-8", newline="") as text:
+        first = text.readline()
+        text.seek(0)
+        if "youtube_id" in first:
+            return read_kinetics_csv(file, text, root, split, need_labels)
+        lines = text.read().splitlines()
+    root, paths, labels = Path(root), [], []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        match = re.fullmatch(r"\s*(\S.*?)(\s*,\s*|\s+)(\d+)\s*", line)
+        expected = f"{file}, line {number}: {line.strip()!r}: {{}}; expected 'path label' or 'path,label'"
+        if not match:
+            raise InputError(expected.format("no label after the path (a whole number; any will do for pre-training)"))
+        if re.search(r"[\s,]\d+$", match[1]):
+            raise InputError(expected.format("more than two columns"))
+        paths.append(match[1])
+        labels.append(int(match[3]))
+    return VideoList(file, root, paths, labels)
+
+
+def read_kinetics_csv(file, text, root, split, need_labels=False):
+    """Read the official csv: rows of label,youtube_id,time_start,time_end,split, in the order its first row gives.
+
+    Rows of other splits are left out. Rows whose video is not on disk are left out, counted and reported: Kinetics
+    lives on YouTube, and no two copies of it are the same.
+    """
+    rows = csv.reader(text)
+    header = next(rows)
+    on_disk = {Path(path).stem: path for path in files_below(root)}
+    stems, names, missing = [], [], []
+    for row in rows:
+        if len(row) != len(header):
+            raise InputError(f"{file}, line {rows.line_num}: {len(row)} columns; expected {','.join(header)}")
+        row = dict(zip(header, row))
+        if row.get("split", split) not in SPLITS[split]:
+            continue
+        try:
+            start, end = float(row["time_start"]), float(row["time_end"])
+        except (KeyError, ValueError):
+            raise InputError(f"{file}, line {rows.line_num}: time_start and time_end must be seconds") from None
+        stem = f"{row['youtube_id']}_{int(start):06d}_{int(end):06d}"
+        (stems if stem in on_disk else missing).append(stem)
+        if stem in on_disk:
+            names.append(row.get("label", ""))
+    if missing:
+        print(f"{file}: {len(missing)} of {len(stems) + len(missing)} videos are not below {root}, {missing[0]} first")
+    if not stems and missing:
+        raise InputError(f"{file}: none of its videos is below {root}; expected files such as {missing[0]}.mp4")
+    classes = sorted(set(names))
+    if need_labels and "" in classes:
+        raise InputError(f"{file}: rows without a label")
+    index = {name: i for i, name in enumerate(classes)}
+    return VideoList(file, root, [on_disk[stem] for stem in stems], [index[name] for name in names], classes)
+
+
+# ------------------------------------------------------------------------------------------------------- decoding
+
+
+class VideoError(InputError):
+    """A video that cannot be used, with the reason."""
+
+
+class Video:
+    """An open video file; use it in a with statement. Raises VideoError where it cannot be opened.
+
+    duration: seconds. Times count from the first frame, whatever time stamp the file gives it.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        try:
+            self.container = av.open(str(path), metadata_errors="ignore")
+        except (av.error.FFmpegError, OSError, ValueError) as error:
+            raise VideoError(f"cannot be opened: {getattr(error, 'strerror', None) or error}") from None
+        if not self.container.streams.video:
+            self.container.close()
+            raise VideoError("has no video stream")
+        self.stream = self.container.streams.video[0]
+        self.codec = self.stream.codec_context
+        if self.codec is None:
+            self.container.close()
+            raise VideoError("is in a format that cannot be decoded")
+        self.codec.thread_count = 1  # the workers are the threads
+        self.start = self.stream.start_time or 0
+        self.second = 1 / self.stream.time_base  # in units of time stamps
+        head = self.packets(self.start, self.start)  # headers may be wrong about the first frame
+        self.start = min((p.pts for p in head if not p.is_discard), default=self.start)
+        if self.stream.duration:
+            self.duration = float(self.stream.duration / self.second)
+        elif self.container.duration:
+            self.duration = self.container.duration / av.time_base
+        else:  # the header does not say: read to the end
+            packets = self.packets(self.start, math.inf)
+            self.duration = float(max((p.pts + (p.duration or 0) - self.start for p in packets), default=0) / self.second)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.container.close()
+
+    def packets(self, first, last):
+        """The packets needed for the frames at time stamps first to last, from a key frame on, in decoding order."""
+        for margin in (0, 2, 10, math.inf):  # seconds to seek ahead of `first`: some files seek to after what is asked
+            target = max(self.start, math.floor(first - margin * self.second)) if margin < math.inf else self.start
+            try:
+                self.container.seek(target, stream=self.stream)
+            except av.error.FFmpegError:  # no seeking here: read from the start
+                self.container.close()
+                self.__init__(self.path)
+            found, after = [], math.inf
+            try:
+                for packet in self.container.demux(self.stream):
+                    if packet.pts is None or not packet.size:
+                        continue
+                    found.append(packet)
+                    if packet.pts > last:
+                        after = min(after, packet.pts)
+                    if packet.dts is not None and packet.dts > after:
+                        break  # time stamps are not below dts, which only rises: all frames up to `after` are here
+            except av.error.FFmpegError:
+                pass  # damaged from here on: what has been read may do
+            if target <= self.start or (found and found[0].is_keyframe and found[0].pts <= first):
+                break
+        return found
+
+    def frames(self, times):
+        """The frames nearest to the given times: seconds (any order, repeats allowed) -> as many av.VideoFrame.
+
+        Beyond the last frame, the last frame. No frame is decoded twice, and groups of pictures without a wanted
+        frame are not decoded. Where damage hides up to half of the wanted frames the nearest that decode stand in;
+        raises VideoError where it hides more.
+        """
+        wanted = self.start + np.asarray(times, dtype=np.float64) * float(self.second)
+        order = np.sort(wanted)
+        cuts = np.flatnonzero(np.diff(order) > READ_THROUGH * float(self.second)) + 1
+        stamps, decoded = [], {}
+        for group in np.split(order, cuts):
+            packets = self.packets(group[0], group[-1])
+            shown = np.array(sorted({p.pts for p in packets if not p.is_discard}), dtype=np.float64)
+            if len(shown):
+                stamps.append(shown)
+                decoded |= self.decode(packets, set(shown[nearest(shown, group)].astype(int).tolist()))
+        if not stamps:
+            raise VideoError("no frame in it can be read")
+        stamps = np.unique(np.concatenate(stamps))
+        chosen = stamps[nearest(stamps, wanted)].astype(int).tolist()
+        missing = len(set(chosen) - set(decoded))
+        if missing > len(set(chosen)) / 2:
+            raise VideoError(f"{missing} of {len(set(chosen))} wanted frames cannot be decoded")
+        there = np.array(sorted(decoded))
+        return [decoded[stamp] for stamp in there[nearest(there, np.array(chosen))].tolist()]
+
+    def decode(self, packets, wanted):
+        """Decode the frames with the wanted time stamps, and of the rest only what they refer to: {stamp: frame}."""
+        needed, key, keys = np.zeros(len(packets), dtype=bool), 0, []
+        for i, packet in enumerate(packets):
+            if packet.is_keyframe:
+                keys.append(i)
+            if packet.pts in wanted and not packet.is_discard:
+                # From the last key frame that is not shown later: what is shown before a key frame may refer past it.
+                key = next((k for k in reversed(keys) if packets[k].pts <= packet.pts), 0)
+                needed[key : i + 1] = True
+        frames, ends = {}, np.append(~needed[1:], True)
+        for packet, need, end in zip(packets, needed, ends):
+            if not need:
+                continue
+            if self.codec.name in ("h264", "hevc"):  # these can leave out frames that are not wanted nor referred to
+                self.codec.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+            for part in (packet, None) if end else (packet,):  # None: let out what the decoder still holds
+                try:
+                    frames |= {f.pts: f for f in self.codec.decode(part) if f.pts in wanted}
+                except av.error.FFmpegError:
+                    pass  # a damaged packet: frames() counts what is missing
+            if end:
+                self.codec.flush_buffers()
+        return frames
+
+
+def nearest(sorted_values, targets):
+    """For each target the index of the nearest value; the earlier of two that are as near."""
+    right = np.searchsorted(sorted_values, targets).clip(0, len(sorted_values) - 1)
+    left = np.maximum(right - 1, 0)
+    return np.where(abs(targets - sorted_values[left]) <= abs(sorted_values[right] - targets), left, right)
+
+
+def upright_size(frame):
+    """Height and width of a frame as it is meant to be shown."""
+    return (frame.width, frame.height) if frame.rotation % 180 else (frame.height, frame.width)
+
+
+def to_clip(frames, size, box=None):
+    """Cut, scale and convert frames: T av.VideoFrame -> uint8 RGB (T, height, width, 3).
+
+    size: (height, width) to scale to. box: (top, left, height, width) in pixels of the upright frame, all of it by
+    default; rounded to what the pixel format can be cut at. One pass of libswscale per distinct frame, so that an
+    RGB picture of full size never exists.
+    """
+    first = frames[0]
+    top, left, height, width = box or (0, 0, *upright_size(first))
+    graph = av.filter.Graph()
+    graph.threads = 1
+    chain = [graph.add_buffer(width=first.width, height=first.height, format=first.format, time_base=Fraction(1, FPS))]
+    turn = {90: ["transpose=cclock"], 180: ["hflip", "vflip"], 270: ["transpose=clock"]}.get(first.rotation % 360, [])
+    steps = [f"crop={width}:{height}:{left}:{top}", f"scale={size[1]}:{size[0]}:flags=bilinear", "format=rgb24"]
+    chain += [graph.add(*step.split("=", 1)) for step in turn + steps] + [graph.add("buffersink")]
+    graph.link_nodes(*chain).configure()
+    pictures = {}
+    for frame in frames:
+        if id(frame) not in pictures:
+            if (frame.width, frame.height, frame.format.name) != (first.width, first.height, first.format.name):
+                same = frame.reformat(first.width, first.height, first.format)  # the size may change within a file
+            else:
+                same = frame
+            graph.push(same)
+            pictures[id(frame)] = torch.from_numpy(graph.pull().to_ndarray())
+    return torch.stack([pictures[id(frame)] for frame in frames])
+
+
+# ------------------------------------------------------------------------------------------------------- sampling
+
+
+def clip_times(duration, num_frames, sampling_rate, place):
+    """Times in seconds of a clip's frames; place in 0..1 puts the clip between the start and the end of the video."""
+    span = num_frames * sampling_rate / FPS
+    return max(0.0, duration - span) * place + np.arange(num_frames) * sampling_rate / FPS
+
+
+class PretrainDataset(torch.utils.data.Dataset):
+    """Clips to pre-train on: repeated sampling, random resized crop [0.5, 1], horizontal flip (Table 5a).
+
+    Indexed by (epoch, index). A sample is a dict: video uint8 (R, T, H, W, 3) of R clips, noise (R, N) to mask them
+    by, index of the list, failures [(index, reason)] of videos that had to be replaced.
+    """
+
+    def __init__(self, videos, num_frames, img_size, sampling_rate, repeats, scale, hflip, noise, seed):
+        """noise: a function generator -> (N,), see model.masking_noise. scale: share of the area that crops keep."""
+        self.videos, self.num_frames, self.sampling_rate, self.repeats = videos, num_frames, sampling_rate, repeats
+        self.img_size, self.noise, self.seed = img_size, noise, seed
+        self.crop = v2.RandomResizedCrop(img_size, scale=scale, ratio=(3 / 4, 4 / 3))
+        self.flip = v2.RandomHorizontalFlip(0.5 if hflip else 0.0)
+
+    def __getitem__(self, key):
+        return with_replacement(self, *key)
+
+    def load(self, index, epoch):
+        with Video(self.videos.path(index)) as video:
+            seeds = [stateless_seed(self.seed, epoch, index, repeat) for repeat in range(self.repeats)]
+            places = [torch.rand((), generator=torch.Generator().manual_seed(seed)).item() for seed in seeds]
+            times = [clip_times(video.duration, self.num_frames, self.sampling_rate, place) for place in places]
+            frames = video.frames(np.concatenate(times))
+        clips, noise = [], []
+        for repeat, seed in enumerate(seeds):
+            with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
+                torch.manual_seed(seed)
+                clip = frames[repeat * self.num_frames : (repeat + 1) * self.num_frames]
+                box = self.crop.make_params([torch.empty(3, *upright_size(clip[0]), device="meta")])
+                box = [box[name] for name in ("top", "left", "height", "width")]
+                pixels = to_clip(clip, (self.img_size, self.img_size), box)  # (T, H, W, 3)
+                clips.append(self.flip(pixels.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+                noise.append(self.noise(None))
+        return {"video": torch.stack(clips), "noise": torch.stack(noise)}
+
+
+def with_replacement(dataset, epoch, index):
+    """dataset.load(index, epoch); a video that fails is replaced by another, which follows from the same numbers."""
+    failures, tried = [], index
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return dataset.load(tried, epoch) | {"index": index, "failures": failures}
+        except VideoError as error:
+            failures.append((tried, str(error)))
+        tried = stateless_seed(dataset.seed, epoch, index, attempt) % len(dataset.videos)
+    index, reason = failures[-1]
+    raise VideoError(f"{ATTEMPTS} videos in a row cannot be used, the last one {dataset.videos.path(index)}: {reason}")
+
+
+# -------------------------------------------------------------------------------------------------------- batches
+
+
+class Stream:
+    """The order of training: passes over the list without end, cut into steps, processes and micro-batches.
+
+    Passes follow one another without a gap, so that nothing is dropped at their ends. Each is a permutation that
+    follows from (seed, epoch). Iterating yields, for one process, the micro-batches of each step from `start` to
+    `stop`, as lists of (epoch, index).
+    """
+
+    def __init__(self, length, batch_size, micro_batch, rank, world, seed, start, stop):
+        self.length, self.batch_size, self.micro_batch, self.seed = length, batch_size, micro_batch, seed
+        self.rank, self.world, self.start, self.stop = rank, world, start, stop
+        self.permutation = functools.lru_cache(2)(self.permutation)
+
+    def permutation(self, epoch):
+        return torch.randperm(self.length, generator=torch.Generator().manual_seed(stateless_seed(self.seed, epoch)))
+
+    def __iter__(self):
+        share = self.batch_size // self.world
+        for step in range(self.start, self.stop):
+            first = step * self.batch_size + self.rank * share
+            for begin in range(first, first + share, self.micro_batch):
+                places = (divmod(place, self.length) for place in range(begin, begin + self.micro_batch))
+                yield [(epoch, int(self.permutation(epoch)[place])) for epoch, place in places]
+
+    def __len__(self):
+        return (self.stop - self.start) * (self.batch_size // self.world // self.micro_batch)
+
+
+def collate(samples):
+    """Samples of R clips each -> one batch: video (B*R, 3, T, H, W) uint8, every other tensor (B*R, ...)."""
+    batch = {name: torch.cat([s[name] for s in samples]) for name in samples[0] if torch.is_tensor(samples[0][name])}
+    batch["video"] = batch["video"].permute(0, 4, 1, 2, 3)  # a view: the bytes stay as they were decoded
+    batch["index"] = [s["index"] for s in samples]
+    batch["failures"] = [failure for s in samples for failure in s["failures"]]
+    return batch
+
+
+def make_loader(dataset, stream, num_workers, pin_memory):
+    """A DataLoader over a Stream. Nothing random is left to the workers, so their number changes nothing."""
+    return torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=stream,
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if num_workers else None,
+    )
+
+
+class Failures:
+    """Counts the videos that failed, names each once in failures.log, stops when there are more than `limit`."""
+
+    def __init__(self, log, videos, limit=None):
+        """limit: None is the default, one video in a hundred, and at least four."""
+        self.log, self.videos = Path(log), videos
+        self.limit = max(4, len(videos) // 100) if limit is None else limit
+        self.known = set()
+        if self.log.exists():  # a run that is taken up again goes on counting
+            self.known = {line.split("\t")[0] for line in self.log.read_text().splitlines()}
+
+    def add(self, failures):
+        """failures: [(index, reason)], from all processes. Raises VideoError beyond the limit."""
+        for index, reason in failures:
+            path = self.videos.path(index)
+            if path not in self.known:
+                self.known.add(path)
+                tqdm.write(f"skipped {path}: {reason}")
+                with open(self.log, "a") as log:
+                    log.write(f"{path}\t{reason}\n")
+        if len(self.known) > self.limit:
+            raise VideoError(
+                f"{len(self.known)} of {len(self.videos)} videos cannot be used, more than --max_failures "
+                f"{self.limit}; {self.log} names each with its reason. Repair them, or allow more"
+            )
+
+
+# ----------------------------------------------------------------------------------------------------------- demo
+
+DEMO_SHAPES = ("disc", "square", "triangle", "cross")
+DEMO_MOTIONS = ("slides", "circles", "swells")
+DEMO_CLASSES = [f"{shape} {motion}" for shape in DEMO_SHAPES for motion in DEMO_MOTIONS]
+DEMO = dict(train=960, val=120, height=60, width=80, fps=15, seconds=3)  # videos a split, and what each is like
+DEMO_VERSION = "1"  # of what is drawn: a folder of another version is made again
+
+
+def shape_distance(shape, x, y):
+    """Signed distance, about, from the outline of a shape of size 1; below 0 inside."""
+    x, y = abs(x), y if shape == "triangle" else abs(y)
+    if shape == "disc":
+        return np.hypot(x, y) - 0.9
+    if shape == "square":
+        return np.maximum(x, y) - 0.8
+    if shape == "triangle":
+        return np.maximum(0.87 * x + 0.5 * y, -y) - 0.55
+    return np.minimum(np.maximum(x - 1, y - 0.35), np.maximum(x - 0.35, y - 1))  # cross
+
+
+def draw_demo_video(shape, motion, seed):
+    """One video: a shape that moves over a textured background that drifts; uint8 (T, H, W, 3)."""
+    rng = np.random.RandomState(seed)
+    T, H, W = DEMO["fps"] * DEMO["seconds"], DEMO["height"], DEMO["width"]
+    t = (np.arange(T) / DEMO["fps"]).reshape(T, 1, 1)  # seconds
+    y, x = np.mgrid[:H, :W][:, None].astype(np.float32)  # (1, H, W) each
+    colors = rng.uniform(0, 255, (4, 3)).astype(np.float32)
+    while abs(colors[:2].mean(0) - colors[2:].mean(0)).sum() < 200:  # the shape has to stand out
+        colors = rng.uniform(0, 255, (4, 3)).astype(np.float32)
+
+    def waves(x, y, wavelength):  # a sum of plane waves, in 0..1
+        value = 0
+        for _ in range(3):
+            angle, phase, length = rng.uniform(0, 2 * np.pi), rng.uniform(0, 2 * np.pi), wavelength * rng.uniform(1, 2)
+            value = value + np.sin(2 * np.pi / length * (x * np.cos(angle) + y * np.sin(angle)) + phase)
+        return (value / 6 + 0.5)[..., None]
+
+    drift = rng.uniform(-6, 6, 2)  # pixels a second, as of a camera that pans
+    amount = waves(x - drift[0] * t, y - drift[1] * t, 30)
+    picture = colors[0] * amount + colors[1] * (1 - amount)
+
+    radius, angle, speed = rng.uniform(9, 13), rng.uniform(0, 2 * np.pi), rng.uniform(0.4, 0.7) * rng.choice([-1, 1])
+    phase = angle + 2 * np.pi * speed * t
+    center_x, center_y = rng.uniform(0.35, 0.65) * W, rng.uniform(0.4, 0.6) * H
+    if motion == "slides":
+        reach = rng.uniform(14, 20)
+        direction = rng.uniform(0, 2 * np.pi)
+        center_x = center_x + reach * np.sin(phase) * np.cos(direction)
+        center_y = center_y + reach * np.sin(phase) * np.sin(direction)
+    elif motion == "circles":
+        reach = rng.uniform(10, 14)
+        center_x, center_y = center_x + reach * np.cos(phase), center_y + reach * np.sin(phase)
+    else:  # swells
+        radius = radius * (1 + 0.45 * np.sin(phase))
+    tilt = rng.uniform(-0.5, 0.5)
+    u, v = (x - center_x) / radius, (y - center_y) / radius
+    u, v = u * np.cos(tilt) - v * np.sin(tilt), u * np.sin(tilt) + v * np.cos(tilt)
+    inside = (0.5 - shape_distance(shape, u, v) * radius).clip(0, 1)[..., None]
+    amount = waves(u, v, 1.5)
+    picture = picture * (1 - inside) + inside * (colors[2] * amount + colors[3] * (1 - amount))
+    return picture.clip(0, 255).astype(np.uint8)
+
+
+def write_demo_video(task):
+    path, shape, motion, seed = task
+    write_video(path, draw_demo_video(shape, motion, seed), DEMO["fps"], crf=20)
+
+
+def make_demo(folder="data/demo"):
+    """Make the demo's data set, once: real H.264 files in the official layout of Kinetics. Returns its folder."""
+    folder = Path(folder) / "kinetics"
+    version = folder / "VERSION"
+    if version.exists() and version.read_text() == DEMO_VERSION:
+        return folder
+    tasks = []
+    for split in ("train", "val"):
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        with open(folder / f"{split}.csv", "w", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(["label", "youtube_id", "time_start", "time_end", "split"])
+            for i in range(DEMO[split]):
+                shape, motion = DEMO_CLASSES[i % len(DEMO_CLASSES)].split()
+                name = f"{split}{i:05d}"
+                rows.writerow([f"{shape} {motion}", name, 0, DEMO["seconds"], split])
+                path = folder / split / f"{name}_{0:06d}_{DEMO['seconds']:06d}.mp4"
+                tasks.append((str(path), shape, motion, stateless_seed(i, split == "val") % 2**32))
+    with Pool(os.cpu_count()) as pool:
+        list(tqdm(pool.imap_unordered(write_demo_video, tasks, 8), f"making the demo's videos in {folder}", len(tasks)))
+    version.write_text(DEMO_VERSION)
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------------- pictures
+
+
+def write_video(path, frames, fps, crf=18):
+    """Write frames, uint8 (T, H, W, 3), as H.264; a last odd row or column is cut off, which the format does not have."""
+    frames = np.ascontiguousarray(np.asarray(frames)[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2])
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=fps, options={"crf": str(crf), "preset": "veryfast"})
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        stream.codec_context.thread_count = 1
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
