@@ -13,6 +13,7 @@ A sample follows from (seed, epoch, index, repeat) alone: the number of workers 
 and a run that is taken up again needs no generator states.
 """
 
+import contextlib
 import csv
 import functools
 import hashlib
@@ -195,8 +196,22 @@ class Video:
 
     def __init__(self, path):
         self.path = path
+        self.open()
+        self.start = self.stream.start_time or 0
+        self.second = 1 / self.stream.time_base  # in units of time stamps
+        head = self.packets(self.start, self.start)  # headers may be wrong about the first frame
+        self.start = min((p.pts for p in head if not p.is_discard), default=self.start)
+        if self.stream.duration:
+            self.duration = float(self.stream.duration / self.second)
+        elif self.container.duration:
+            self.duration = self.container.duration / av.time_base
+        else:  # the header does not say: read to the end
+            ends = [p.pts + (p.duration or 0) - self.start for p in self.packets(self.start, math.inf)]
+            self.duration = float(max(ends, default=0) / self.second)
+
+    def open(self):
         try:
-            self.container = av.open(str(path), metadata_errors="ignore")
+            self.container = av.open(str(self.path), metadata_errors="ignore")
         except (av.error.FFmpegError, OSError, ValueError) as error:
             raise VideoError(f"cannot be opened: {getattr(error, 'strerror', None) or error}") from None
         if not self.container.streams.video:
@@ -208,17 +223,6 @@ class Video:
             self.container.close()
             raise VideoError("is in a format that cannot be decoded")
         self.codec.thread_count = 1  # the workers are the threads
-        self.start = self.stream.start_time or 0
-        self.second = 1 / self.stream.time_base  # in units of time stamps
-        head = self.packets(self.start, self.start)  # headers may be wrong about the first frame
-        self.start = min((p.pts for p in head if not p.is_discard), default=self.start)
-        if self.stream.duration:
-            self.duration = float(self.stream.duration / self.second)
-        elif self.container.duration:
-            self.duration = self.container.duration / av.time_base
-        else:  # the header does not say: read to the end
-            packets = self.packets(self.start, math.inf)
-            self.duration = float(max((p.pts + (p.duration or 0) - self.start for p in packets), default=0) / self.second)
 
     def __enter__(self):
         return self
@@ -232,9 +236,10 @@ class Video:
             target = max(self.start, math.floor(first - margin * self.second)) if margin < math.inf else self.start
             try:
                 self.container.seek(target, stream=self.stream)
-            except av.error.FFmpegError:  # no seeking here: read from the start
+            except av.error.FFmpegError:  # no seeking in this file: read it from its start
                 self.container.close()
-                self.__init__(self.path)
+                self.open()
+                target = self.start
             found, after = [], math.inf
             try:
                 for packet in self.container.demux(self.stream):
@@ -295,10 +300,8 @@ class Video:
             if self.codec.name in ("h264", "hevc"):  # these can leave out frames that are not wanted nor referred to
                 self.codec.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
             for part in (packet, None) if end else (packet,):  # None: let out what the decoder still holds
-                try:
+                with contextlib.suppress(av.error.FFmpegError):  # a damaged packet: frames() counts what is missing
                     frames |= {f.pts: f for f in self.codec.decode(part) if f.pts in wanted}
-                except av.error.FFmpegError:
-                    pass  # a damaged packet: frames() counts what is missing
             if end:
                 self.codec.flush_buffers()
         return frames
@@ -454,6 +457,11 @@ def make_loader(dataset, stream, num_workers, pin_memory):
     )
 
 
+def default_workers():
+    """Decoding processes for each of this machine's training processes: its share of the cores, at most 16."""
+    return min(16, max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
 class Failures:
     """Counts the videos that failed, names each once in failures.log, stops when there are more than `limit`."""
 
@@ -465,15 +473,16 @@ class Failures:
         if self.log.exists():  # a run that is taken up again goes on counting
             self.known = {line.split("\t")[0] for line in self.log.read_text().splitlines()}
 
-    def add(self, failures):
-        """failures: [(index, reason)], from all processes. Raises VideoError beyond the limit."""
+    def add(self, failures, write=True):
+        """failures: [(index, reason)], from all processes; one of them writes. Raises VideoError beyond the limit."""
         for index, reason in failures:
             path = self.videos.path(index)
             if path not in self.known:
                 self.known.add(path)
-                tqdm.write(f"skipped {path}: {reason}")
-                with open(self.log, "a") as log:
-                    log.write(f"{path}\t{reason}\n")
+                if write:
+                    tqdm.write(f"skipped {path}: {reason}")
+                    with open(self.log, "a") as log:
+                        log.write(f"{path}\t{reason}\n")
         if len(self.known) > self.limit:
             raise VideoError(
                 f"{len(self.known)} of {len(self.videos)} videos cannot be used, more than --max_failures "
@@ -578,7 +587,7 @@ def make_demo(folder="data/demo"):
 
 
 def write_video(path, frames, fps, crf=18):
-    """Write frames, uint8 (T, H, W, 3), as H.264; a last odd row or column is cut off, which the format does not have."""
+    """Write frames, uint8 (T, H, W, 3), as H.264, which has no odd sizes: a last odd row or column is cut off."""
     frames = np.ascontiguousarray(np.asarray(frames)[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2])
     with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=fps, options={"crf": str(crf), "preset": "veryfast"})

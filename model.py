@@ -6,17 +6,20 @@ Read from top to bottom:
     the encoder             a plain ViT, on the visible tokens alone                                  (section 3.2)
     MAE                     encoder, small decoder, loss on the hidden tokens                         (section 3.2, 3.3)
     Classifier              the same encoder, all tokens, averaged                                    (appendix A)
-    weights                 loading from any layout, optimizer groups, schedule, checkpoints          (Tables 5 and 6)
+    weights                 loading from any layout, optimizer groups, schedule                       (Tables 5 and 6)
+    runs                    processes, batches, checkpoints: what keeps the weights of a run safe
 
 Shapes: B clips, T x H x W their frames and pixels, (t, h, w) the grid of tokens, N = t * h * w of them, V visible,
 D the width of the encoder. Parameter names are those of the released code, so its files load as they are.
 """
 
+import json
 import math
 import os
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import StochasticDepth
@@ -370,16 +373,6 @@ def read_checkpoint(path):
         raise InputError(f"{path}: not a checkpoint that can be read ({reason}); is the file whole?") from None
 
 
-def save_checkpoint(path, **content):
-    """Write a checkpoint to a temporary file beside `path`, then rename: a kill leaves the old file or the new one."""
-    temporary = Path(f"{path}.tmp")
-    with open(temporary, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def to_official_names(state, model):
     """A state dict in any layout of the field, with the names and shapes of this model.
 
@@ -479,8 +472,102 @@ def cosine_decay(epoch, lr, warmup_epochs, epochs):
     return lr * 0.5 * (1 + math.cos(math.pi * (epoch - warmup_epochs) / (epochs - warmup_epochs)))
 
 
+# ----------------------------------------------------------------------------------------------------------- runs
+
+# Arguments that a run may change when it is taken up again: they say where and how fast it goes, not what it computes.
+MAY_CHANGE = {"resume", "output_dir", "data", "videos", "init", "num_workers", "micro_batch", "max_failures", "log_every",
+              "save_minutes", "device", "precision", "compile", "visualize"}  # fmt: skip
+
+
+def start_process(device=None):
+    """Join the processes that torchrun started, or run alone: (device, rank, world size)."""
+    local, world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", local)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32, where autocast does not apply
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device, int(os.environ.get("RANK", 0)), world
+
+
+def gather(value):
+    """The values that all processes give, as a list on each of them; they wait for one another here."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def has_bf16(device):
     """Whether this device multiplies matrices in bfloat16 in hardware: elsewhere autocast would only be slower."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def split_batch(batch_size, world, micro_batch=None, at_most=None):
+    """How one global batch is worked off: (videos a process takes at once, how many times it does in a step).
+
+    micro_batch None: the largest that divides a process's share, and is not above `at_most`. Raises InputError where
+    the batch does not divide, with sizes that would.
+    """
+    if batch_size < 1 or batch_size % world:
+        fits = max(1, batch_size // world) * world
+        raise InputError(
+            f"--batch_size {batch_size} does not divide over {world} processes; {fits} or {fits + world} do"
+        )
+    share = batch_size // world
+    divisors = [n for n in range(1, share + 1) if share % n == 0]
+    if micro_batch is None:
+        micro_batch = max(n for n in divisors if n <= (at_most or share))
+    if micro_batch not in divisors:
+        raise InputError(
+            f"--micro_batch {micro_batch} does not divide the {share} videos of a batch of {batch_size} that each of "
+            f"{world} processes takes; these do: {', '.join(map(str, divisors))}"
+        )
+    return micro_batch, share // micro_batch
+
+
+def save_checkpoint(path, **content):
+    """Write a checkpoint to a temporary file beside `path`, then rename: a kill leaves the old file or the new one."""
+    temporary = Path(f"{path}.tmp")
+    with open(temporary, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def find_run(stage, args):
+    """The checkpoint in args.output_dir to go on from, or None to start; what happens is printed.
+
+    Raises InputError where the folder holds a run of another stage, or one made with other arguments: it is not
+    overwritten unless --no-resume says so.
+    """
+    path = Path(args.output_dir) / "checkpoint.pt"
+    if not path.exists() or not args.resume:
+        return None
+    checkpoint = read_checkpoint(path)
+    if checkpoint.get("stage") != stage:
+        raise InputError(f"{path}: a checkpoint of {checkpoint.get('stage')}; give this run another --output_dir")
+    then, now = checkpoint["args"], vars(args)
+    differ = [f"--{name} was {then.get(name)}, is {now.get(name)}"
+              for name in sorted(then.keys() | now.keys()) if name not in MAY_CHANGE and then.get(name) != now.get(name)]  # fmt: skip
+    if differ:
+        raise InputError(
+            f"{path}: from a run with other arguments ({'; '.join(differ)}). Give them as they were to go on, another "
+            "--output_dir to keep that run, or --no-resume to overwrite it"
+        )
+    return checkpoint
+
+
+def open_log(path, step):
+    """Open log.jsonl to go on after `step`: lines that a stopped run wrote beyond its checkpoint are dropped."""
+    path = Path(path)
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+    return open(path, "a")

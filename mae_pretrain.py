@@ -1,0 +1,410 @@
+"""Stage 1: pre-train a masked autoencoder on unlabelled video (section 3; settings of Table 5a).
+
+    python mae_pretrain.py --dataset demo                     minutes on a laptop, on videos that are made here
+    torchrun --nproc_per_node 8 mae_pretrain.py               ViT-L on data/kinetics400: Table 5a as it stands
+    torchrun --nnodes 4 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 mae_pretrain.py --model vit_h
+    python mae_pretrain.py --data FOLDER --model vit_demo --epochs 40
+    python mae_pretrain.py --visualize a.mp4 b.mp4 --init runs/mae_pretrain_demo_vit_demo/checkpoint.pt
+
+Epochs are effective: how often each video is sampled. A video that is opened gives 4 clips, so 800 epochs are 200
+passes over the list. A batch counts videos: 512 of them are 2048 clips a step.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import math
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+import model as m
+
+RECIPE = {  # Table 5a: Kinetics pre-training
+    "optimizer": torch.optim.AdamW,
+    "optimizer momentum": (0.9, 0.95),
+    "weight decay": 0.05,
+    "learning rate": 1.6e-3,
+    "learning rate schedule": m.cosine_decay,
+    "warmup epochs": 120,
+    "epochs": 800,
+    "repeated sampling": 4,
+    "augmentation": {"hflip": True, "crop": (0.5, 1)},
+    "batch size": 512,
+    "gradient clipping": 0.02,
+}
+DEMO_RECIPE = RECIPE | {  # vit_demo, minutes on two CPU cores; found by trying
+    "learning rate": 2e-3,
+    "warmup epochs": 6,
+    "epochs": 60,
+    "batch size": 16,
+    "gradient clipping": 1.0,
+}
+DECODERS = {"vit_demo": {"width": 128, "depth": 2}}  # of every other model: 512 wide, 4 blocks (Table 12)
+MICRO_BATCH = {"vit_b": 32, "vit_l": 16, "vit_h": 8}  # videos that fit on a GPU of 80 GB with room to spare
+
+
+def parse_args(argv=None):
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, epilog="data:\n" + data.LAYOUTS)
+    add, switch = parser.add_argument, argparse.BooleanOptionalAction
+
+    add("--dataset", help="kinetics400 (default), kinetics600, kinetics700; demo: small videos that are made here")
+    add("--data", help="list or folder of videos, see below (default: data/DATASET)")
+    add("--videos", metavar="FOLDER", help="where the videos of a list lie, if not beside it")
+    add("--model", choices=m.SIZES, help="default: vit_l; vit_demo for the demo")
+    add("--init", metavar="CHECKPOINT", help="start from these weights; with --visualize: the model to show")
+    add("--output_dir", help="default: runs/mae_pretrain_DATASET_MODEL")
+    add("--resume", action=switch, default=True, help="go on from the checkpoint in --output_dir, if there is one")
+    add("--visualize", nargs="+", metavar="VIDEO", help="do not train: draw original, masked input, reconstruction")
+
+    add("--epochs", type=float, help="effective epochs: clips taken of each video, --repeats of them at an opening")
+    add("--warmup_epochs", type=float, help="effective epochs, too; default: the table's, or its share of --epochs")
+    add("--batch_size", type=int, help="videos in a step, over all GPUs; each gives --repeats clips")
+    add("--micro_batch", type=int, help="videos that a GPU takes at once, if its memory is short; gradients add up")
+    add("--lr", type=float, help="peak learning rate; default: the table's, scaled linearly with --batch_size")
+    add("--weight_decay", type=float)
+    add("--clip_grad", type=float, help="the gradient's norm is cut to this")
+    add("--repeats", type=int, help="clips from a video that was opened: reading costs more than a second clip")
+    add("--crop", type=float, nargs=2, metavar=("MIN", "MAX"), help="area of a random crop, as a share of the frame")
+    add("--hflip", action=switch, help="mirror every other clip")
+
+    add("--mask_ratio", type=float, default=0.9, help="share of tokens that are hidden, in [0, 1)")
+    add("--masking", choices=m.MASKINGS, default="agnostic", help="which tokens are hidden together (Figure 4)")
+    add("--norm_pix_loss", action=switch, default=True, help="normalise each target patch by its mean and deviation")
+    add("--predict", choices=("slice", "tubelet"), default="slice", help="a tubelet's first frame, or all of them")
+    add("--decoder_width", type=int, help="Table 12b: 128, 256 or 512")
+    add("--decoder_depth", type=int, help="Table 12c: 1, 2, 4 or 8 blocks")
+    add("--decoder_heads", type=int, help="default: 64 wide each; later released files have 16 at width 512")
+    add("--num_frames", type=int, default=16, help="frames in a clip")
+    add("--sampling_rate", type=int, default=4, help="30ths of a second from a frame to the next")
+    add("--img_size", type=int, help="height and width of a clip in pixels")
+
+    add("--seed", type=int, default=0)
+    add("--num_workers", type=int, help="processes that decode for each GPU; default: its share of the cores")
+    add("--max_failures", type=int, help="stop when more videos cannot be read; default: 1 in 100, at least 4")
+    add("--log_every", type=int, default=10, metavar="STEPS")
+    add("--save_minutes", type=float, default=10, help="time between checkpoints, beside one after each pass")
+    add("--device", help="default: cuda if there is one, else cpu")
+    add("--precision", choices=("bf16", "fp32"), help="default: bf16 autocast where the hardware has it")
+    add("--compile", action=switch, help="torch.compile the model; default: on a GPU")
+
+    # The recipe depends on the model, which may be named anywhere: look for it first.
+    first, _ = parser.parse_known_args([arg for arg in (sys.argv[1:] if argv is None else argv) if arg[:2] != "-h"])
+    size = first.model or ("vit_demo" if first.dataset == "demo" else "vit_l")
+    recipe = DEMO_RECIPE if size == "vit_demo" else RECIPE
+    parser.set_defaults(
+        model=size,
+        weight_decay=recipe["weight decay"],
+        epochs=recipe["epochs"],
+        repeats=recipe["repeated sampling"],
+        hflip=recipe["augmentation"]["hflip"],
+        crop=recipe["augmentation"]["crop"],
+        batch_size=recipe["batch size"],
+        clip_grad=recipe["gradient clipping"],
+        decoder_width=DECODERS.get(size, {}).get("width", 512),
+        decoder_depth=DECODERS.get(size, {}).get("depth", 4),
+        img_size=m.SIZES[size].get("img_size", 224),
+    )
+    args = parser.parse_args(argv)
+    if args.warmup_epochs is None:
+        args.warmup_epochs = min(recipe["warmup epochs"], recipe["warmup epochs"] / recipe["epochs"] * args.epochs)
+    if args.lr is None:
+        args.lr = recipe["learning rate"] * args.batch_size / recipe["batch size"]
+    if args.decoder_heads is None:
+        args.decoder_heads = max(1, args.decoder_width // 64)
+    if args.dataset is None:
+        args.dataset = Path(args.data).resolve().stem if args.data else "kinetics400"
+    args.output_dir = args.output_dir or f"runs/mae_pretrain_{args.dataset}_{args.model}"
+    return args, recipe
+
+
+def build(args):
+    """The model that the arguments describe, with the arguments of its constructor."""
+    config = m.SIZES[args.model] | dict(
+        img_size=args.img_size,
+        num_frames=args.num_frames,
+        decoder_embed_dim=args.decoder_width,
+        decoder_depth=args.decoder_depth,
+        decoder_num_heads=args.decoder_heads,
+        norm_pix_loss=args.norm_pix_loss,
+        masking=args.masking,
+    )
+    if args.predict == "tubelet":
+        config["pred_t_dim"] = args.num_frames
+    return m.MAE(**config), config
+
+
+def train(args, recipe):
+    device, rank, world = m.start_process(args.device)
+    say = functools.partial(print, flush=True) if rank == 0 else lambda *_: None
+    out = Path(args.output_dir)
+
+    # Data
+    if args.dataset == "demo" and args.data is None:
+        if rank == 0:
+            data.make_demo()
+        m.gather(None)  # the others wait until it is there
+        args.data = "data/demo/kinetics"
+    args.data = args.data or f"data/{args.dataset}"
+    videos = data.find_videos(args.data, "train", args.videos)
+    micro_batch, micro_steps = m.split_batch(args.batch_size, world, args.micro_batch, MICRO_BATCH.get(args.model))
+    passes = args.epochs / args.repeats
+    steps = round(passes * len(videos) / args.batch_size)
+    if steps < 1:
+        raise m.InputError(
+            f"{videos.source}: {len(videos)} videos, {args.epochs:g} epochs at --repeats {args.repeats} are not one "
+            f"step of {args.batch_size} videos; take a smaller --batch_size or more --epochs"
+        )
+
+    # Model
+    torch.manual_seed(args.seed)
+    mae, config = build(args)
+    m.num_visible(mae.grid, args.mask_ratio, args.masking)  # says what is wrong with a ratio before anything starts
+    checkpoint = m.find_run("mae_pretrain", args)
+    if checkpoint:
+        mae.load_state_dict(checkpoint["model"])
+    elif args.init:
+        m.load_pretrained(mae, args.init)
+    mae.to(device)
+    groups = m.parameter_groups(mae, args.weight_decay)
+    optimizer = recipe["optimizer"](
+        groups, lr=args.lr, betas=recipe["optimizer momentum"], fused=device.type in ("cuda", "cpu")
+    )
+    start = 0
+    if checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        start = checkpoint["step"]
+    precision = args.precision or ("bf16" if m.has_bf16(device) else "fp32")
+    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == "bf16")
+    if device.type == "cuda" if args.compile is None else args.compile:
+        mae.compile()
+    ddp = DistributedDataParallel(mae, [device] if device.type == "cuda" else None) if world > 1 else mae
+
+    # What this run is
+    out.mkdir(parents=True, exist_ok=True)
+    failures = data.Failures(out / "failures.log", videos, args.max_failures)
+    log = m.open_log(out / "log.jsonl", start) if rank == 0 else None
+    if rank == 0:
+        facts = {"videos": len(videos), "steps": steps, "processes": world, "torch": torch.__version__}
+        (out / "args.json").write_text(json.dumps(vars(args) | facts, indent=1))
+    say(f"{args.model}, {sum(p.numel() for p in mae.parameters()) / 1e6:.1f} M parameters, {precision} on {device}")
+    say(
+        f"{videos.source}: {len(videos)} videos, each sampled {args.epochs:g} times in {passes:g} passes: {steps} steps"
+    )
+    say(f"a step: {args.batch_size} videos = {args.batch_size * args.repeats} clips, on {world} processes "
+        f"{micro_steps} x {micro_batch} videos each; learning rate {args.lr:.3g}")  # fmt: skip
+    if checkpoint:
+        say(f"{out}/checkpoint.pt: going on from step {start}")
+        if checkpoint["videos"] != videos.digest:
+            say(f"warning: the list of videos has changed since: {checkpoint['videos']}, now {videos.digest}")
+
+    # Clips
+    draw_noise = functools.partial(m.masking_noise, mae.grid, args.mask_ratio, args.masking)
+    clips = data.PretrainDataset(
+        videos,
+        args.num_frames,
+        args.img_size,
+        args.sampling_rate,
+        args.repeats,
+        args.crop,
+        args.hflip,
+        draw_noise,
+        args.seed,
+    )
+    stream = data.Stream(len(videos), args.batch_size, micro_batch, rank, world, args.seed, start, steps)
+    workers = data.default_workers() if args.num_workers is None else args.num_workers
+    batches = iter(data.make_loader(clips, stream, workers, device.type == "cuda"))
+
+    # The loop
+    def save(step):
+        if rank == 0:
+            content = dict(stage="mae_pretrain", step=step, args=vars(args), config=config, videos=videos.digest)
+            m.save_checkpoint(
+                out / "checkpoint.pt", model=mae.state_dict(), optimizer=optimizer.state_dict(), **content
+            )
+
+    pending, failed, waited, tick, saved = [], [], 0.0, time.perf_counter(), time.perf_counter()
+    slow = not sys.stderr.isatty()
+    bar = tqdm(total=steps, initial=start, disable=rank > 0, unit="step", mininterval=30 if slow else 0.2)
+    for step in range(start, steps):
+        epoch = step * args.batch_size * args.repeats / len(videos)
+        lr = recipe["learning rate schedule"](epoch, args.lr, args.warmup_epochs, args.epochs)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+
+        loss, indices = 0, []
+        for micro_step in range(micro_steps):
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - asked
+            failed += batch["failures"]
+            indices += batch["index"]
+            video, noise = (batch[name].to(device, non_blocking=True) for name in ("video", "noise"))
+            last = micro_step == micro_steps - 1
+            with contextlib.nullcontext() if last or world == 1 else ddp.no_sync():
+                with autocast():
+                    micro_loss, _, _ = ddp(video, args.mask_ratio, noise)
+                (micro_loss / micro_steps).backward()
+            loss = loss + micro_loss.detach() / micro_steps
+        norm = torch.nn.utils.clip_grad_norm_(mae.parameters(), args.clip_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        pending.append((step, lr, loss, norm, indices))
+        bar.update()
+
+        # Every few steps, and only then, the host waits for the device and the processes for one another.
+        done = step + 1
+        if done % args.log_every and done < steps:
+            continue
+        values = torch.stack([torch.stack([loss, norm]) for _, _, loss, norm, _ in pending]).tolist()
+        report = dict(values=values, indices=[p[-1] for p in pending], failed=failed, waited=waited)
+        report["save"] = time.perf_counter() - saved > 60 * args.save_minutes
+        reports = m.gather(report)
+        now = time.perf_counter()
+        failures.add([failure for r in reports for failure in r["failed"]], write=rank == 0)
+        losses = [sum(r["values"][i][0] for r in reports) / world for i in range(len(pending))]
+        for i, (loss, (bad_step, bad_lr, *_)) in enumerate(zip(losses, pending)):
+            if not math.isfinite(loss) or not math.isfinite(values[i][1]):
+                files = [videos.path(index) for r in reports if not math.isfinite(r["values"][i][0] + r["values"][i][1])
+                         for index in r["indices"][i]]  # fmt: skip
+                raise FloatingPointError(
+                    f"step {bad_step}: loss {loss}, gradient norm {values[i][1]} at learning rate {bad_lr:.3g}; the last "
+                    f"checkpoint in {out} is from before. The videos of that step:\n" + "\n".join(files)
+                )
+        seconds = now - tick
+        entry = dict(
+            step=done,
+            epoch=done * args.batch_size * args.repeats / len(videos),
+            loss=sum(losses) / len(losses),
+            lr=lr,
+            grad_norm=values[-1][1],
+            clips_per_s=len(pending) * args.batch_size * args.repeats / seconds,
+            data_wait=sum(r["waited"] for r in reports) / world / seconds,
+        )
+        if rank == 0:
+            log.write(json.dumps(entry) + "\n")
+            log.flush()
+        bar.set_postfix_str(
+            "loss {loss:.4f} lr {lr:.1e} {clips_per_s:.0f} clips/s data {data_wait:.0%}".format(**entry)
+        )
+        # Checkpoints: after each pass over the list, every --save_minutes by the clock of process 0, and at the end.
+        passed = done * args.batch_size // len(videos) > (done - len(pending)) * args.batch_size // len(videos)
+        if passed or done == steps or reports[0]["save"]:
+            save(done)
+            saved = time.perf_counter()
+        pending, failed, waited, tick = [], [], 0.0, now
+    bar.close()
+
+    if rank == 0:
+        held_out = videos if Path(args.data).is_file() else data.find_videos(args.data, "val", args.videos)
+        paths = [held_out.path(i * len(held_out) // 4) for i in range(min(4, len(held_out)))]
+        visualize(mae, paths, out / "reconstructions", args, device)
+        say(f"{out}: checkpoint.pt, log.jsonl, args.json, reconstructions/")
+        if failures.known:
+            say(f"{len(failures.known)} of {len(videos)} videos could not be used: {failures.log}")
+        say(f"next: python mae_pretrain.py --visualize VIDEO --init {out}/checkpoint.pt")
+
+
+# ------------------------------------------------------------------------------------------------------- pictures
+
+
+@torch.no_grad()
+def reconstruct(mae, clip, mask_ratio, noise=None):
+    """Original, masked input and reconstruction of one clip: uint8 (T, H, W, 3) -> three of (T', H', W', 3).
+
+    T' counts the frames that are predicted. Visible patches are shown as they are. Where the model predicts normalised
+    patches, each is scaled back with the mean and deviation of the patch that it stands for.
+    """
+    video = clip.permute(3, 0, 1, 2)[None]  # (1, 3, T, H, W)
+    _, pred, mask = mae(video, mask_ratio, noise)
+    truth = m.normalize(m.patchify(video, mae.patch_size, mae.t_patch_size)[..., : pred.shape[-1]])  # (1, N, p*p*3)
+    if mae.norm_pix_loss:
+        var, mean = torch.var_mean(truth, dim=-1, keepdim=True)
+        pred = pred * (var + 1e-6).sqrt() + mean
+    hidden = mask[..., None] == 1
+    pictures = []
+    for tokens in (truth, truth.masked_fill(hidden, 0.0), torch.where(hidden, pred.float(), truth)):
+        pixels = m.unpatchify(tokens, mae.grid_of(video), mae.patch_size)[0].permute(1, 2, 3, 0)
+        pictures.append(((pixels * m.PIXEL_STD + m.PIXEL_MEAN) * 255).round().clamp(0, 255).byte().cpu())
+    return pictures
+
+
+def draw_figure(path, rows, caption):
+    """Write a PNG laid out as Figures 2 and 7: a row for each name of {name: (T, H, W, 3)}, time from left to right."""
+    T, H, W = next(iter(rows.values())).shape[:3]
+    zoom, gap, left = max(1, 96 // H), 2, 120
+    H, W = H * zoom + gap, W * zoom + gap
+    picture = Image.new("RGB", (left + T * W, len(rows) * H + 24), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
+    for i, (name, frames) in enumerate(rows.items()):
+        draw.text((8, i * H + H // 2 - 10), name, "black", font)
+        for j, frame in enumerate(frames):
+            tile = Image.fromarray(frame.numpy()).resize((W - gap, H - gap), Image.Resampling.NEAREST)
+            picture.paste(tile, (left + j * W, i * H))
+    draw.text((8, len(rows) * H + 2), caption, "black", font)
+    picture.save(path)
+
+
+def visualize(mae, paths, out, args, device):
+    """For each video the clip in its middle as a PNG and an H.264 animation in `out`; names what cannot be drawn."""
+    mae.eval()
+    out.mkdir(parents=True, exist_ok=True)
+    t, side = mae.grid[0] * mae.t_patch_size, mae.grid[1] * mae.patch_size
+    for i, path in enumerate(paths):
+        try:
+            with data.Video(path) as video:
+                frames = video.frames(data.clip_times(video.duration, t, args.sampling_rate, 0.5))
+            height, width = data.upright_size(frames[0])
+            short = min(height, width)
+            clip = data.to_clip(frames, (side, side), ((height - short) // 2, (width - short) // 2, short, short))
+        except data.VideoError as error:
+            print(f"skipped {path}: {error}")
+            continue
+        generator = torch.Generator().manual_seed(data.stateless_seed(args.seed, i))
+        noise = m.masking_noise(mae.grid, args.mask_ratio, mae.masking, generator)[None].to(device)
+        pictures = reconstruct(mae, clip.to(device), args.mask_ratio, noise)
+        caption = f"{Path(path).name}: {args.mask_ratio:.0%} hidden ({mae.masking}). "
+        if mae.norm_pix_loss:
+            caption += "Predicted patches are scaled back with the mean and deviation of the true ones."
+        name = out / Path(path).stem
+        draw_figure(f"{name}.png", dict(zip(("original", "masked", "reconstruction"), pictures)), caption)
+        zoom, fps = max(1, 240 // side), Fraction(data.FPS * len(pictures[0]), args.sampling_rate * t)
+        strip = torch.cat(pictures, 2).numpy().repeat(zoom, 1).repeat(zoom, 2)  # side by side
+        data.write_video(f"{name}.mp4", strip, fps)
+        print(f"{name}.png, {name}.mp4")
+
+
+def main():
+    args, recipe = parse_args()
+    try:
+        if not args.visualize:
+            return train(args, recipe)
+        if not args.init:
+            raise m.InputError("--visualize needs --init CHECKPOINT: the model to show")
+        device, _, _ = m.start_process(args.device)
+        checkpoint = m.read_checkpoint(args.init)
+        mae = m.MAE(**checkpoint["config"]) if checkpoint.get("stage") == "mae_pretrain" else build(args)[0]
+        missing = m.load_pretrained(mae, args.init)["not found"]
+        if missing:
+            raise m.InputError(
+                f"{args.init}: no decoder in it ({missing[0]} is missing); give a pre-training checkpoint"
+            )
+        visualize(mae.to(device), args.visualize, Path(args.output_dir) / "visualize", args, device)
+    except (m.InputError, FloatingPointError) as error:
+        sys.exit(f"mae_pretrain.py: error: {error}")
+    finally:
+        if m.dist.is_initialized():
+            m.dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
