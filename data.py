@@ -363,12 +363,12 @@ class PretrainDataset(torch.utils.data.Dataset):
     by, index of the list, failures [(index, reason)] of videos that had to be replaced.
     """
 
-    def __init__(self, videos, num_frames, img_size, sampling_rate, repeats, scale, hflip, noise, seed):
-        """noise: a function generator -> (N,), see model.masking_noise. scale: share of the area that crops keep."""
-        self.videos, self.num_frames, self.sampling_rate, self.repeats = videos, num_frames, sampling_rate, repeats
-        self.img_size, self.noise, self.seed = img_size, noise, seed
-        self.crop = v2.RandomResizedCrop(img_size, scale=scale, ratio=(3 / 4, 4 / 3))
-        self.flip = v2.RandomHorizontalFlip(0.5 if hflip else 0.0)
+    def __init__(self, videos, args, noise_of):
+        """args: the stage's arguments on clips. noise_of() gives the noise (N,) that a clip is masked by."""
+        self.videos, self.noise_of, self.seed, self.repeats = videos, noise_of, args.seed, args.repeats
+        self.num_frames, self.sampling_rate, self.img_size = args.num_frames, args.sampling_rate, args.img_size
+        self.crop = v2.RandomResizedCrop(args.img_size, scale=args.crop, ratio=(3 / 4, 4 / 3))
+        self.flip = v2.RandomHorizontalFlip(0.5 if args.hflip else 0.0)
 
     def __getitem__(self, key):
         return with_replacement(self, *key)
@@ -388,7 +388,7 @@ class PretrainDataset(torch.utils.data.Dataset):
                 box = [box[name] for name in ("top", "left", "height", "width")]
                 pixels = to_clip(clip, (self.img_size, self.img_size), box)  # (T, H, W, 3)
                 clips.append(self.flip(pixels.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-                noise.append(self.noise(None))
+                noise.append(self.noise_of())
         return {"video": torch.stack(clips), "noise": torch.stack(noise)}
 
 
@@ -445,33 +445,35 @@ def collate(samples):
     return batch
 
 
-def make_loader(dataset, stream, num_workers, pin_memory):
-    """A DataLoader over a Stream. Nothing random is left to the workers, so their number changes nothing."""
+def make_loader(dataset, stream, num_workers, device):
+    """A DataLoader over a Stream. Nothing random is left to the workers, so their number changes nothing.
+
+    num_workers None: this process's share of the machine's cores, at most 16.
+    """
+    if num_workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        num_workers = min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     return torch.utils.data.DataLoader(
         dataset,
         batch_sampler=stream,
         num_workers=num_workers,
         collate_fn=collate,
-        pin_memory=pin_memory,
+        pin_memory=device.type == "cuda",
         prefetch_factor=4 if num_workers else None,
     )
-
-
-def default_workers():
-    """Decoding processes for each of this machine's training processes: its share of the cores, at most 16."""
-    return min(16, max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 class Failures:
     """Counts the videos that failed, names each once in failures.log, stops when there are more than `limit`."""
 
-    def __init__(self, log, videos, limit=None):
-        """limit: None is the default, one video in a hundred, and at least four."""
-        self.log, self.videos = Path(log), videos
+    def __init__(self, log, videos, limit=None, resumed=False):
+        """limit: None is the default, one video in a hundred, and at least four. resumed: go on counting."""
+        self.log, self.videos, self.known = Path(log), videos, set()
         self.limit = max(4, len(videos) // 100) if limit is None else limit
-        self.known = set()
-        if self.log.exists():  # a run that is taken up again goes on counting
+        if resumed and self.log.exists():
             self.known = {line.split("\t")[0] for line in self.log.read_text().splitlines()}
+        else:
+            self.log.unlink(missing_ok=True)
 
     def add(self, failures, write=True):
         """failures: [(index, reason)], from all processes; one of them writes. Raises VideoError beyond the limit."""
@@ -496,6 +498,7 @@ DEMO_SHAPES = ("disc", "square", "triangle", "cross")
 DEMO_MOTIONS = ("slides", "circles", "swells")
 DEMO_CLASSES = [f"{shape} {motion}" for shape in DEMO_SHAPES for motion in DEMO_MOTIONS]
 DEMO = dict(train=960, val=120, height=60, width=80, fps=15, seconds=3)  # videos a split, and what each is like
+DEMO_FOLDER = "data/demo"
 DEMO_VERSION = "1"  # of what is drawn: a folder of another version is made again
 
 
@@ -559,7 +562,7 @@ def write_demo_video(task):
     write_video(path, draw_demo_video(shape, motion, seed), DEMO["fps"], crf=20)
 
 
-def make_demo(folder="data/demo"):
+def make_demo(folder=DEMO_FOLDER):
     """Make the demo's data set, once: real H.264 files in the official layout of Kinetics. Returns its folder."""
     folder = Path(folder) / "kinetics"
     version = folder / "VERSION"

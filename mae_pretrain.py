@@ -14,16 +14,13 @@ import argparse
 import contextlib
 import functools
 import json
-import math
 import sys
-import time
 from fractions import Fraction
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import data
 import model as m
@@ -37,7 +34,7 @@ RECIPE = {  # Table 5a: Kinetics pre-training
     "warmup epochs": 120,
     "epochs": 800,
     "repeated sampling": 4,
-    "augmentation": {"hflip": True, "crop": (0.5, 1)},
+    "augmentation": {"hflip": True, "crop": [0.5, 1.0]},
     "batch size": 512,
     "gradient clipping": 0.02,
 }
@@ -153,19 +150,18 @@ def train(args, recipe):
         if rank == 0:
             data.make_demo()
         m.gather(None)  # the others wait until it is there
-        args.data = "data/demo/kinetics"
+        args.data = data.DEMO_FOLDER + "/kinetics"
     args.data = args.data or f"data/{args.dataset}"
     videos = data.find_videos(args.data, "train", args.videos)
     micro_batch, micro_steps = m.split_batch(args.batch_size, world, args.micro_batch, MICRO_BATCH.get(args.model))
-    passes = args.epochs / args.repeats
-    steps = round(passes * len(videos) / args.batch_size)
+    steps = round(args.epochs / args.repeats * len(videos) / args.batch_size)
     if steps < 1:
         raise m.InputError(
-            f"{videos.source}: {len(videos)} videos, {args.epochs:g} epochs at --repeats {args.repeats} are not one "
-            f"step of {args.batch_size} videos; take a smaller --batch_size or more --epochs"
+            f"{videos.source}: {args.epochs:g} epochs of {len(videos)} videos, {args.repeats} clips at a time, are "
+            f"less than one step of {args.batch_size} videos; take a smaller --batch_size or more --epochs"
         )
 
-    # Model
+    # Model and optimizer, new or as the run left them
     torch.manual_seed(args.seed)
     mae, config = build(args)
     m.num_visible(mae.grid, args.mask_ratio, args.masking)  # says what is wrong with a ratio before anything starts
@@ -175,134 +171,71 @@ def train(args, recipe):
     elif args.init:
         m.load_pretrained(mae, args.init)
     mae.to(device)
-    groups = m.parameter_groups(mae, args.weight_decay)
-    optimizer = recipe["optimizer"](
-        groups, lr=args.lr, betas=recipe["optimizer momentum"], fused=device.type in ("cuda", "cpu")
-    )
+    groups, fused = m.parameter_groups(mae, args.weight_decay), device.type in ("cuda", "cpu")
+    optimizer = recipe["optimizer"](groups, lr=args.lr, betas=recipe["optimizer momentum"], fused=fused)
     start = 0
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         start = checkpoint["step"]
     precision = args.precision or ("bf16" if m.has_bf16(device) else "fp32")
-    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == "bf16")
     if device.type == "cuda" if args.compile is None else args.compile:
         mae.compile()
     ddp = DistributedDataParallel(mae, [device] if device.type == "cuda" else None) if world > 1 else mae
 
     # What this run is
     out.mkdir(parents=True, exist_ok=True)
-    failures = data.Failures(out / "failures.log", videos, args.max_failures)
-    log = m.open_log(out / "log.jsonl", start) if rank == 0 else None
+    facts = {"videos_found": len(videos), "steps": steps, "processes": world, "torch": torch.__version__}
     if rank == 0:
-        facts = {"videos": len(videos), "steps": steps, "processes": world, "torch": torch.__version__}
         (out / "args.json").write_text(json.dumps(vars(args) | facts, indent=1))
-    say(f"{args.model}, {sum(p.numel() for p in mae.parameters()) / 1e6:.1f} M parameters, {precision} on {device}")
-    say(
-        f"{videos.source}: {len(videos)} videos, each sampled {args.epochs:g} times in {passes:g} passes: {steps} steps"
-    )
-    say(f"a step: {args.batch_size} videos = {args.batch_size * args.repeats} clips, on {world} processes "
-        f"{micro_steps} x {micro_batch} videos each; learning rate {args.lr:.3g}")  # fmt: skip
+    say(f"{args.model}: {sum(p.numel() for p in mae.parameters()) / 1e6:.1f} M parameters, {precision} on {device}")
+    passes = args.epochs / args.repeats
+    say(f"{videos.source}: {len(videos)} videos; {args.epochs:g} effective epochs are {passes:g} passes over it")
+    say(f"{steps} steps of {args.batch_size} videos, {args.repeats} clips each; {world} processes take {micro_batch} "
+        f"videos at once, {micro_steps} times a step; learning rate {args.lr:.3g}")  # fmt: skip
     if checkpoint:
-        say(f"{out}/checkpoint.pt: going on from step {start}")
+        say(f"{out / 'checkpoint.pt'}: going on after step {start}")
         if checkpoint["videos"] != videos.digest:
-            say(f"warning: the list of videos has changed since: {checkpoint['videos']}, now {videos.digest}")
+            say(f"warning: the list of videos is another one than before: {checkpoint['videos']}, now {videos.digest}")
 
-    # Clips
-    draw_noise = functools.partial(m.masking_noise, mae.grid, args.mask_ratio, args.masking)
-    clips = data.PretrainDataset(
-        videos,
-        args.num_frames,
-        args.img_size,
-        args.sampling_rate,
-        args.repeats,
-        args.crop,
-        args.hflip,
-        draw_noise,
-        args.seed,
-    )
+    # Clips: each brings the noise that it is masked by
+    noise_of = functools.partial(m.masking_noise, mae.grid, args.mask_ratio, args.masking)
+    clips = data.PretrainDataset(videos, args, noise_of)
     stream = data.Stream(len(videos), args.batch_size, micro_batch, rank, world, args.seed, start, steps)
-    workers = data.default_workers() if args.num_workers is None else args.num_workers
-    batches = iter(data.make_loader(clips, stream, workers, device.type == "cuda"))
+    batches = iter(data.make_loader(clips, stream, args.num_workers, device))
+    failures = data.Failures(out / "failures.log", videos, args.max_failures, start > 0)
+    log = m.Log(args, start, steps, videos, failures)
 
-    # The loop
-    def save(step):
-        if rank == 0:
-            content = dict(stage="mae_pretrain", step=step, args=vars(args), config=config, videos=videos.digest)
-            m.save_checkpoint(
-                out / "checkpoint.pt", model=mae.state_dict(), optimizer=optimizer.state_dict(), **content
-            )
-
-    pending, failed, waited, tick, saved = [], [], 0.0, time.perf_counter(), time.perf_counter()
-    slow = not sys.stderr.isatty()
-    bar = tqdm(total=steps, initial=start, disable=rank > 0, unit="step", mininterval=30 if slow else 0.2)
     for step in range(start, steps):
-        epoch = step * args.batch_size * args.repeats / len(videos)
-        lr = recipe["learning rate schedule"](epoch, args.lr, args.warmup_epochs, args.epochs)
+        lr = recipe["learning rate schedule"](log.epoch(step), args.lr, args.warmup_epochs, args.epochs)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
 
-        loss, indices = 0, []
+        loss = torch.zeros((), device=device)
         for micro_step in range(micro_steps):
-            asked = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - asked
-            failed += batch["failures"]
-            indices += batch["index"]
+            batch = log.next(batches)
             video, noise = (batch[name].to(device, non_blocking=True) for name in ("video", "noise"))
-            last = micro_step == micro_steps - 1
+            last = micro_step == micro_steps - 1  # only then do the processes exchange gradients
             with contextlib.nullcontext() if last or world == 1 else ddp.no_sync():
-                with autocast():
+                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                     micro_loss, _, _ = ddp(video, args.mask_ratio, noise)
                 (micro_loss / micro_steps).backward()
-            loss = loss + micro_loss.detach() / micro_steps
+            loss += micro_loss.detach() / micro_steps
         norm = torch.nn.utils.clip_grad_norm_(mae.parameters(), args.clip_grad)
         optimizer.step()
         optimizer.zero_grad()
-        pending.append((step, lr, loss, norm, indices))
-        bar.update()
 
-        # Every few steps, and only then, the host waits for the device and the processes for one another.
-        done = step + 1
-        if done % args.log_every and done < steps:
-            continue
-        values = torch.stack([torch.stack([loss, norm]) for _, _, loss, norm, _ in pending]).tolist()
-        report = dict(values=values, indices=[p[-1] for p in pending], failed=failed, waited=waited)
-        report["save"] = time.perf_counter() - saved > 60 * args.save_minutes
-        reports = m.gather(report)
-        now = time.perf_counter()
-        failures.add([failure for r in reports for failure in r["failed"]], write=rank == 0)
-        losses = [sum(r["values"][i][0] for r in reports) / world for i in range(len(pending))]
-        for i, (loss, (bad_step, bad_lr, *_)) in enumerate(zip(losses, pending)):
-            if not math.isfinite(loss) or not math.isfinite(values[i][1]):
-                files = [videos.path(index) for r in reports if not math.isfinite(r["values"][i][0] + r["values"][i][1])
-                         for index in r["indices"][i]]  # fmt: skip
-                raise FloatingPointError(
-                    f"step {bad_step}: loss {loss}, gradient norm {values[i][1]} at learning rate {bad_lr:.3g}; the last "
-                    f"checkpoint in {out} is from before. The videos of that step:\n" + "\n".join(files)
-                )
-        seconds = now - tick
-        entry = dict(
-            step=done,
-            epoch=done * args.batch_size * args.repeats / len(videos),
-            loss=sum(losses) / len(losses),
-            lr=lr,
-            grad_norm=values[-1][1],
-            clips_per_s=len(pending) * args.batch_size * args.repeats / seconds,
-            data_wait=sum(r["waited"] for r in reports) / world / seconds,
-        )
-        if rank == 0:
-            log.write(json.dumps(entry) + "\n")
-            log.flush()
-        bar.set_postfix_str(
-            "loss {loss:.4f} lr {lr:.1e} {clips_per_s:.0f} clips/s data {data_wait:.0%}".format(**entry)
-        )
-        # Checkpoints: after each pass over the list, every --save_minutes by the clock of process 0, and at the end.
-        passed = done * args.batch_size // len(videos) > (done - len(pending)) * args.batch_size // len(videos)
-        if passed or done == steps or reports[0]["save"]:
-            save(done)
-            saved = time.perf_counter()
-        pending, failed, waited, tick = [], [], 0.0, now
-    bar.close()
+        if log.step(loss, norm, lr=lr) and rank == 0:
+            m.save_checkpoint(
+                out / "checkpoint.pt",
+                model=mae.state_dict(),
+                optimizer=optimizer.state_dict(),
+                step=step + 1,
+                stage="mae_pretrain",
+                config=config,
+                args=vars(args),
+                videos=videos.digest,
+            )
+    log.bar.close()
 
     if rank == 0:
         held_out = videos if Path(args.data).is_file() else data.find_videos(args.data, "val", args.videos)
@@ -310,8 +243,8 @@ def train(args, recipe):
         visualize(mae, paths, out / "reconstructions", args, device)
         say(f"{out}: checkpoint.pt, log.jsonl, args.json, reconstructions/")
         if failures.known:
-            say(f"{len(failures.known)} of {len(videos)} videos could not be used: {failures.log}")
-        say(f"next: python mae_pretrain.py --visualize VIDEO --init {out}/checkpoint.pt")
+            say(f"{len(failures.known)} of {len(videos)} videos could not be used; {failures.log} says which and why")
+        say(f"next: python mae_pretrain.py --visualize VIDEO --init {out / 'checkpoint.pt'}")
 
 
 # ------------------------------------------------------------------------------------------------------- pictures

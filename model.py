@@ -16,6 +16,8 @@ D the width of the encoder. Parameter names are those of the released code, so i
 import json
 import math
 import os
+import sys
+import time
 from pathlib import Path
 
 import torch
@@ -23,6 +25,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import StochasticDepth
+from tqdm import tqdm
 
 # ViT-B, L and H of the paper, and one for a laptop. All of the paper's use tubelets of 2 x 16 x 16 pixels. vit_demo's
 # positions start from sines: with random ones its loss sits on a plateau for most of a run of a few minutes.
@@ -474,9 +477,9 @@ def cosine_decay(epoch, lr, warmup_epochs, epochs):
 
 # ----------------------------------------------------------------------------------------------------------- runs
 
-# Arguments that a run may change when it is taken up again: they say where and how fast it goes, not what it computes.
-MAY_CHANGE = {"resume", "output_dir", "data", "videos", "init", "num_workers", "micro_batch", "max_failures", "log_every",
-              "save_minutes", "device", "precision", "compile", "visualize"}  # fmt: skip
+# Arguments that may change when a run is taken up again: they say where and how fast it goes, not what it computes.
+MAY_CHANGE = {"resume", "output_dir", "data", "videos", "init", "num_workers", "micro_batch", "max_failures",
+              "log_every", "save_minutes", "device", "precision", "compile", "visualize"}  # fmt: skip
 
 
 def start_process(device=None):
@@ -555,8 +558,8 @@ def find_run(stage, args):
     if checkpoint.get("stage") != stage:
         raise InputError(f"{path}: a checkpoint of {checkpoint.get('stage')}; give this run another --output_dir")
     then, now = checkpoint["args"], vars(args)
-    differ = [f"--{name} was {then.get(name)}, is {now.get(name)}"
-              for name in sorted(then.keys() | now.keys()) if name not in MAY_CHANGE and then.get(name) != now.get(name)]  # fmt: skip
+    names = sorted(name for name in then.keys() | now.keys() if name not in MAY_CHANGE)
+    differ = [f"--{name} was {then.get(name)}, is {now.get(name)}" for name in names if then.get(name) != now.get(name)]
     if differ:
         raise InputError(
             f"{path}: from a run with other arguments ({'; '.join(differ)}). Give them as they were to go on, another "
@@ -565,9 +568,79 @@ def find_run(stage, args):
     return checkpoint
 
 
-def open_log(path, step):
-    """Open log.jsonl to go on after `step`: lines that a stopped run wrote beyond its checkpoint are dropped."""
-    path = Path(path)
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
-    return open(path, "a")
+class Log:
+    """What the steps of a run give: a progress bar, a line of log.jsonl every few steps, and when to save.
+
+    Losses and norms stay on the device in between: only where a line is written does the host wait for the device,
+    and the processes for one another.
+    """
+
+    def __init__(self, args, start, steps, videos, failures):
+        """start, steps: where the run begins and ends. videos, failures: a data.VideoList, a data.Failures."""
+        self.args, self.done, self.steps, self.videos, self.failures = args, start, steps, videos, failures
+        self.main = not dist.is_initialized() or dist.get_rank() == 0
+        self.pending, self.indices, self.failed, self.waited = [], [], [], 0.0
+        self.tick = self.saved = time.perf_counter()
+        quiet = 0.2 if sys.stderr.isatty() else 30.0  # seconds between two bars: a file keeps them all
+        self.bar = tqdm(total=steps, initial=start, disable=not self.main, unit="step", mininterval=quiet)
+        self.path = Path(args.output_dir) / "log.jsonl"
+        if self.main:  # lines that a stopped run wrote after its checkpoint are dropped
+            lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+            lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
+            self.path.write_text("".join(lines))
+
+    def epoch(self, step):
+        """The effective epoch after so many steps: how often each video has been sampled."""
+        return step * self.args.batch_size * self.args.repeats / len(self.videos)
+
+    def next(self, batches):
+        """The next batch; takes the time that it keeps the training waiting, and what failed on the way."""
+        asked = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - asked
+        self.indices += batch["index"]
+        self.failed += batch["failures"]
+        return batch
+
+    def step(self, loss, norm, **settings):
+        """Take the loss and the gradient's norm of a step, and settings to log; True if a checkpoint is due.
+
+        Checkpoints are due after a pass over the list, after --save_minutes by the clock of process 0, and at the end.
+        Raises FloatingPointError, naming step and videos, where a loss or norm since the last line is not finite.
+        """
+        self.pending.append((loss.detach(), norm.detach(), settings, self.indices))
+        self.indices = []
+        self.done += 1
+        self.bar.update()
+        if self.done % self.args.log_every and self.done < self.steps:
+            return False
+        values = torch.stack([torch.stack([loss, norm]) for loss, norm, *_ in self.pending]).tolist()
+        late = time.perf_counter() - self.saved > 60 * self.args.save_minutes
+        reports = gather((values, [indices for *_, indices in self.pending], self.failed, self.waited, late))
+        now = time.perf_counter()
+        self.failures.add([failure for report in reports for failure in report[2]], write=self.main)
+        losses = [sum(report[0][i][0] for report in reports) / len(reports) for i in range(len(values))]
+        first = self.done - len(self.pending)
+        for i, (loss, (_, norm)) in enumerate(zip(losses, values)):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                indices = [index for r in reports if not math.isfinite(sum(r[0][i])) for index in r[1][i]]
+                raise FloatingPointError(
+                    f"step {first + i}: loss {loss}, gradient norm {norm} ({self.pending[i][2]}); the checkpoint in "
+                    f"{self.args.output_dir} is from before. The videos of that step:\n"
+                    + "\n".join(self.videos.path(index) for index in indices)
+                )
+        seconds, clips = now - self.tick, len(values) * self.args.batch_size * self.args.repeats
+        line = dict(step=self.done, epoch=self.epoch(self.done), loss=sum(losses) / len(losses)) | settings
+        line |= dict(grad_norm=norm, clips_per_s=clips / seconds)
+        line |= dict(data_wait=sum(report[3] for report in reports) / len(reports) / seconds)
+        if self.main:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        self.bar.set_postfix_str(
+            "loss {loss:.4f}, lr {lr:.1e}, {clips_per_s:.0f} clips/s, data {data_wait:.0%}".format(**line)
+        )
+        passes = [step * self.args.batch_size // len(self.videos) for step in (first, self.done)]
+        due = reports[0][4] or passes[0] < passes[1] or self.done == self.steps
+        self.pending, self.failed, self.waited, self.tick = [], [], 0.0, now
+        self.saved = now if due else self.saved
+        return due
