@@ -223,6 +223,7 @@ class Video:
             self.container.close()
             raise VideoError("is in a format that cannot be decoded")
         self.codec.thread_count = 1  # the workers are the threads
+        self.used = False  # nothing has been read yet
 
     def __enter__(self):
         return self
@@ -233,13 +234,16 @@ class Video:
     def packets(self, first, last):
         """The packets needed for the frames at time stamps first to last, from a key frame on, in decoding order."""
         for margin in (0, 2, 10, math.inf):  # seconds to seek ahead of `first`: some files seek to after what is asked
-            target = max(self.start, math.floor(first - margin * self.second)) if margin < math.inf else self.start
-            try:
-                self.container.seek(target, stream=self.stream)
-            except av.error.FFmpegError:  # no seeking in this file: read it from its start
+            target = first - margin * float(self.second)
+            if target > self.start:
+                try:
+                    self.container.seek(math.floor(target), stream=self.stream)
+                except av.error.FFmpegError:  # no seeking in this file: read it from its start
+                    target = self.start
+            if target <= self.start and self.used:
                 self.container.close()
                 self.open()
-                target = self.start
+            self.used = True
             found, after = [], math.inf
             try:
                 for packet in self.container.demux(self.stream):

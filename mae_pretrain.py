@@ -239,7 +239,8 @@ def train(args, recipe):
 
     if rank == 0:
         held_out = videos if Path(args.data).is_file() else data.find_videos(args.data, "val", args.videos)
-        paths = [held_out.path(i * len(held_out) // 4) for i in range(min(4, len(held_out)))]
+        shown = min(4, len(held_out))
+        paths = [held_out.path(i * len(held_out) // shown) for i in range(shown)]
         visualize(mae, paths, out / "reconstructions", args, device)
         say(f"{out}: checkpoint.pt, log.jsonl, args.json, reconstructions/")
         if failures.known:

@@ -46,7 +46,7 @@ def assert_same_frames(path, seeds=5):
         wanted = [stamps[np.abs((stamps - stamps[0]) * unit - time).argmin()] for time in times]
         assert [frame.pts for frame in got] == wanted
         for frame in {id(frame): frame for frame in got}.values():
-            assert np.array_equal(frame.to_ndarray(), frames[frame.pts].to_ndarray())
+            assert np.array_equal(frame.to_ndarray(format="rgb24"), frames[frame.pts].to_ndarray(format="rgb24"))
 
 
 FILES = {
