@@ -539,7 +539,7 @@ def draw_demo_video(shape, motion, seed):
     amount = waves(x - drift[0] * t, y - drift[1] * t, 30)
     picture = colors[0] * amount + colors[1] * (1 - amount)
 
-    radius, angle, speed = rng.uniform(9, 13), rng.uniform(0, 2 * np.pi), rng.uniform(0.4, 0.7) * rng.choice([-1, 1])
+    radius, angle, speed = rng.uniform(11, 16), rng.uniform(0, 2 * np.pi), rng.uniform(0.2, 0.35) * rng.choice([-1, 1])
     phase = angle + 2 * np.pi * speed * t
     center_x, center_y = rng.uniform(0.35, 0.65) * W, rng.uniform(0.4, 0.6) * H
     if motion == "slides":

@@ -33,7 +33,7 @@ SIZES = {
     "vit_b": dict(embed_dim=768, depth=12, num_heads=12),
     "vit_l": dict(embed_dim=1024, depth=24, num_heads=16),
     "vit_h": dict(embed_dim=1280, depth=32, num_heads=16),
-    "vit_demo": dict(img_size=48, patch_size=8, embed_dim=192, depth=4, num_heads=3, sine_positions=True),
+    "vit_demo": dict(img_size=48, patch_size=6, embed_dim=192, depth=4, num_heads=3, sine_positions=True),
 }
 PIXEL_MEAN, PIXEL_STD = 0.45, 0.225  # of each channel, for pixels in 0..1
 MASKINGS = ("agnostic", "space-only", "time-only", "block-wise")  # Figure 4

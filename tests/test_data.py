@@ -76,7 +76,9 @@ def test_frames_are_those_nearest_to_the_wanted_times(name, tmp_path):
 
 
 @pytest.mark.skipif(not SHARED_VIDEOS.exists(), reason="needs ../shared/videos")
-@pytest.mark.parametrize("path", sorted(p for p in SHARED_VIDEOS.glob("*.*") if p.suffix != ".md"), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", sorted(p for p in SHARED_VIDEOS.glob("*.*") if p.suffix != ".md"), ids=lambda p: p.name
+)
 def test_frames_of_real_files_are_the_nearest_too(path):
     if path.name == "corrupted.mp4":  # breaks after 28 of 50 frames: a clip comes from what decodes
         with data.Video(path) as video:
@@ -133,7 +135,9 @@ def test_a_video_shorter_than_a_clip_repeats_its_last_frame(tmp_path):
 
 
 @pytest.mark.skipif(not SHARED_VIDEOS.exists(), reason="needs ../shared/videos")
-@pytest.mark.parametrize("name, turns, size", [("video_90.mov", -1, (568, 320)), ("nasa_13013_rotated.mp4", 1, (480, 270))])
+@pytest.mark.parametrize(
+    "name, turns, size", [("video_90.mov", -1, (568, 320)), ("nasa_13013_rotated.mp4", 1, (480, 270))]
+)
 def test_rotated_videos_come_out_upright(name, turns, size):
     with data.Video(SHARED_VIDEOS / name) as video:
         frames = video.frames([0.0])
@@ -215,17 +219,27 @@ def test_lists_with_space_or_comma(separator, tmp_path):
     (tmp_path / "train.csv").write_text("\n".join(lines))
     for source in (tmp_path, tmp_path / "train.csv"):
         videos = data.find_videos(source)
-        assert [videos.path(i) for i in range(3)] == [f"{tmp_path}/a.mp4", f"{tmp_path}/my videos/b c.mp4", "/abs/d.mp4"]
+        assert [videos.path(i) for i in range(3)] == [
+            f"{tmp_path}/a.mp4",
+            f"{tmp_path}/my videos/b c.mp4",
+            "/abs/d.mp4",
+        ]
         assert videos.labels.tolist() == [3, 0, 12]
     assert data.find_videos(tmp_path / "train.csv", videos="/elsewhere").path(0) == "/elsewhere/a.mp4"
 
 
 def test_official_kinetics_csv_beside_its_videos(tmp_path, capsys):
-    rows = ["label,youtube_id,time_start,time_end,split", '"playing, well",-abc_1,12,22,train', "archery,xyz,0,10,train"]
+    rows = [
+        "label,youtube_id,time_start,time_end,split",
+        '"playing, well",-abc_1,12,22,train',
+        "archery,xyz,0,10,train",
+    ]
     rows += ["archery,gone,5,15,train", "archery,other,5,15,val"]
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations" / "train.csv").write_text("\n".join(rows))
-    touch(tmp_path, "train/-abc_1_000012_000022.mp4", "train/more/xyz_000000_000010.webm", "val/other_000005_000015.mp4")
+    touch(
+        tmp_path, "train/-abc_1_000012_000022.mp4", "train/more/xyz_000000_000010.webm", "val/other_000005_000015.mp4"
+    )
     videos = data.find_videos(tmp_path)
     assert contents(videos) == [("train/-abc_1_000012_000022.mp4", 1), ("train/more/xyz_000000_000010.webm", 0)]
     assert videos.class_names == ["archery", "playing, well"]
@@ -250,8 +264,14 @@ def test_class_folders_and_plain_folders(tmp_path):
         ("a.mp4 1 2\n", r"line 1: 'a.mp4 1 2': more than two columns"),
         ("\n\n", r"train.csv: no videos in it; expected one of"),
         ("label,youtube_id,time_start,time_end,split\na,b,1\n", r"line 2: 3 columns; expected label,youtube_id"),
-        ("label,youtube_id,time_start,time_end,split\na,b,x,2,train\n", r"line 2: time_start and time_end must be seconds"),
-        ("label,youtube_id,time_start,time_end,split\na,b,1,2,train\n", r"none of its videos.*such as b_000001_000002.mp4"),
+        (
+            "label,youtube_id,time_start,time_end,split\na,b,x,2,train\n",
+            r"line 2: time_start and time_end must be seconds",
+        ),
+        (
+            "label,youtube_id,time_start,time_end,split\na,b,1,2,train\n",
+            r"none of its videos.*such as b_000001_000002.mp4",
+        ),
     ],
 )
 def test_lists_that_are_wrong_name_file_and_line(text, error, tmp_path):
@@ -281,7 +301,9 @@ def test_a_long_list_is_small_in_every_worker(tmp_path):
 
 def pretrain_dataset(folder, **changes):
     settings = dict(num_frames=16, img_size=32, sampling_rate=4, repeats=4, crop=(0.5, 1.0), hflip=True, seed=0)
-    return data.PretrainDataset(data.find_videos(folder), argparse.Namespace(**(settings | changes)), lambda: torch.rand(8))
+    return data.PretrainDataset(
+        data.find_videos(folder), argparse.Namespace(**(settings | changes)), lambda: torch.rand(8)
+    )
 
 
 def test_a_clip_spans_its_time_at_any_place_of_the_video():
@@ -395,7 +417,9 @@ def test_a_video_that_fails_is_replaced_named_once_and_counted(demo, tmp_path):
 
 def test_a_list_of_broken_videos_ends_with_a_reason(tmp_path):
     touch(tmp_path, "a.mp4", "b.mp4")
-    with pytest.raises(data.VideoError, match=r"20 videos in a row cannot be used, the last one .*\.mp4: cannot be opened"):
+    with pytest.raises(
+        data.VideoError, match=r"20 videos in a row cannot be used, the last one .*\.mp4: cannot be opened"
+    ):
         pretrain_dataset(tmp_path)[0, 0]
 
 

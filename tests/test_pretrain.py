@@ -18,7 +18,9 @@ import model as m
 from model import InputError
 
 ROOT = Path(__file__).parents[1]
-SMALL = "--model vit_demo --img_size 32 --decoder_width 32 --decoder_depth 1 --precision fp32 --num_workers 0 --log_every 1"
+SMALL = (
+    "--model vit_demo --img_size 32 --decoder_width 32 --decoder_depth 1 --precision fp32 --num_workers 0 --log_every 1"
+)
 
 
 def test_the_recipe_is_table_5a():
@@ -45,7 +47,13 @@ def parse(line):
 
 def test_without_flags_the_run_is_table_5a_with_vit_l():
     args = parse("")
-    assert (args.dataset, args.model, args.img_size, args.num_frames, args.sampling_rate) == ("kinetics400", "vit_l", 224, 16, 4)
+    assert (args.dataset, args.model, args.img_size, args.num_frames, args.sampling_rate) == (
+        "kinetics400",
+        "vit_l",
+        224,
+        16,
+        4,
+    )
     assert (args.epochs, args.warmup_epochs, args.lr, args.batch_size, args.repeats) == (800, 120, 1.6e-3, 512, 4)
     assert (args.weight_decay, args.clip_grad, args.hflip, args.crop) == (0.05, 0.02, True, [0.5, 1.0])
     assert (args.mask_ratio, args.masking, args.norm_pix_loss, args.predict) == (0.9, "agnostic", True, "slice")
@@ -104,7 +112,15 @@ def test_accumulation_and_workers_change_nothing(change, run, demo, tmp_path):
 
 
 def test_two_processes_give_the_losses_of_one(run, demo, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "mae_pretrain.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "mae_pretrain.py",
+    ]
     command += f"{SMALL} --epochs 10 --batch_size 4 --lr 1e-3 --micro_batch 1 --output_dir {tmp_path}".split()
     done = subprocess.run([*command, "--data", str(demo)], cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
@@ -242,7 +258,9 @@ def test_a_batch_that_does_not_divide_says_what_would():
 
 def test_help_explains_epochs_and_batches():
     env = os.environ | {"COLUMNS": "120"}
-    shown = subprocess.run([sys.executable, "mae_pretrain.py", "--help"], cwd=ROOT, capture_output=True, text=True, env=env)
+    shown = subprocess.run(
+        [sys.executable, "mae_pretrain.py", "--help"], cwd=ROOT, capture_output=True, text=True, env=env
+    )
     assert "Epochs are effective" in shown.stdout and "512 of them are 2048 clips a step" in shown.stdout
 
 
