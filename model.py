@@ -184,9 +184,9 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-def sines(n, dim, stretch):
-    """(n, dim): sines and cosines of the positions 0..n-1, at wavelengths from 4 to 4 * stretch positions."""
-    angle = torch.arange(n)[:, None] * torch.pi / 2 * stretch ** -torch.linspace(0, 1, dim // 2)
+def sines(n, dim):
+    """(n, dim): sines and cosines of the positions 0..n-1, at wavelengths from 4 to 4 * n positions."""
+    angle = torch.arange(n)[:, None] * torch.pi / 2 * n ** -torch.linspace(0, 1, dim // 2)
     return torch.cat([angle.sin(), angle.cos()], 1)
 
 
@@ -232,16 +232,13 @@ class VideoViT(nn.Module):
         for name, parameter in self.named_parameters():
             if "pos_embed" in name or "token" in name:
                 nn.init.trunc_normal_(parameter, std=0.02)
-        if self.sine_positions:
             t, h, w = self.grid
-            for prefix in ("", "decoder_") if hasattr(self, "decoder_pos_embed_spatial") else ("",):
-                space, time = getattr(self, prefix + "pos_embed_spatial"), getattr(self, prefix + "pos_embed_temporal")
-                dim = space.shape[-1]
-                rows = sines(h, dim // 2, h)[:, None].expand(h, w, -1)
-                columns = sines(w, dim // 2, w)[None].expand(h, w, -1)
-                with torch.no_grad():
-                    space.copy_(torch.cat([rows, columns], -1).reshape(1, h * w, dim))
-                    time.copy_(sines(t, dim, t)[None])
+            if self.sine_positions and name.endswith("pos_embed_temporal"):
+                parameter.data = sines(t, parameter.shape[-1])[None]
+            elif self.sine_positions and name.endswith("pos_embed_spatial"):
+                rows, columns = (sines(n, parameter.shape[-1] // 2) for n in (h, w))
+                both = [rows[:, None].expand(h, w, -1), columns.expand(h, w, -1)]
+                parameter.data = torch.cat(both, -1).flatten(0, 1)[None]
 
     def grid_of(self, video):
         """The grid (t, h, w) of tokens of a video (B, 3, T, H, W)."""

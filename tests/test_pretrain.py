@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -245,7 +246,7 @@ def test_bad_input_is_told_what_to_do(line, error, demo, tmp_path, monkeypatch):
     (tmp_path / "README.md").write_text("words")
     message = command(f"{SMALL if line else ''} {line.replace('DEMO', str(demo))}")
     assert message.startswith("mae_pretrain.py: error: ")
-    assert __import__("re").search(error, message), message
+    assert re.search(error, message), message
 
 
 def test_a_batch_that_does_not_divide_says_what_would():
@@ -289,7 +290,7 @@ def test_pictures_show_real_colours_and_leave_visible_patches_alone(norm_pix_los
     forward = mae.forward
 
     def perfect(video, mask_ratio, noise):  # a model that predicts its target exactly
-        loss, pred, mask = forward(video, mask_ratio, noise)
+        loss, _, mask = forward(video, mask_ratio, noise)
         return loss, mae.target(m.patchify(video, mae.patch_size, mae.t_patch_size)), mask
 
     shown = clip if predict == "tubelet" else clip[::2]
