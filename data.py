@@ -17,6 +17,7 @@ import contextlib
 import csv
 import functools
 import hashlib
+import json
 import math
 import os
 import re
@@ -31,7 +32,7 @@ import torch
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from model import InputError
+from model import PIXEL_MEAN, InputError
 
 FPS = 30  # what sampling rates count in: a clip of 16 frames, every 4th of 30 a second, spans 64 / 30 s
 READ_THROUGH = 10.0  # seconds between wanted frames above which a new seek is cheaper than reading on
@@ -44,6 +45,8 @@ LAYOUTS = """\
                                      official csv (label,youtube_id,time_start,time_end,split), its videos named
                                      ID_000001_000011.mp4 anywhere below DATA
   DATA/train/CLASS/any name.mp4      a folder for each class
+  DATA/labels/train.json             Something-Something v2 as it is distributed, with labels.json beside it and its
+                                     videos ID.webm anywhere below DATA
   DATA/any name.mp4                  any folder of videos (no labels: for pre-training)
 --data also takes such a list or folder itself. No data at hand? Use --dataset demo."""
 
@@ -86,32 +89,54 @@ class VideoList:
         return hashlib.blake2b(self.names.tobytes() + self.ends.tobytes() + labels, digest_size=8).hexdigest()
 
 
-def find_videos(data, split="train", videos=None, need_labels=False):
+def find_videos(data, split="train", videos=None, need_labels=False, classes=None):
     """Find the videos of a split in any of LAYOUTS.
 
     data: a list file or a folder. videos: the folder that the paths of a list are relative to, or that the videos of
-    an official csv lie below, where that is not the list's own. Raises InputError where nothing fits.
+    an official list lie below, where that is not the list's own. need_labels: each video must have one, and the split
+    must be there. classes: names or a number of classes that the labels must fit; None: those that are found.
+    Raises InputError where nothing fits.
     """
     data = Path(data)
     if not data.exists():
         raise InputError(f"{data}: no such file or folder; expected one of\n{LAYOUTS}")
     if data.is_file():
-        return read_list(data, videos or data.parent, split, need_labels)
+        return read_list(data, videos or data.parent, split, need_labels, classes)
     names = SPLITS[split]
-    for folder in (data, data / "annotations"):
+    for folder in (data, data / "annotations", data / "labels"):
         for file in (folder / f"{name}{suffix}" for name in names for suffix in (".csv", ".txt")):
             if file.is_file():
-                return read_list(file, videos or data, split, need_labels)
-    folder = next((data / name for name in names if (data / name).is_dir()), data)
+                return read_list(file, videos or data, split, need_labels, classes)
+        labels = sorted(folder.glob("*labels.json"))
+        for file in (file for name in names for file in sorted(folder.glob(f"*{name}.json"))):
+            if labels:
+                return read_ssv2(file, labels[0], videos or data)
+    folders = [data / name for name in names if (data / name).is_dir()]
+    if need_labels and not folders and split != "train":
+        raise InputError(f"{data}: no {split} split; expected {split}.csv or a folder {split}/, see\n{LAYOUTS}")
+    folder = folders[0] if folders else data
     paths = files_below(folder)
-    classes = sorted({path.split(os.sep)[0] for path in paths if os.sep in path})
     stray = [path for path in paths if os.sep not in path]
-    if stray or not classes:
+    if stray or not paths:
         if need_labels and paths:
             raise InputError(f"{folder / stray[0]}: no class; expected a folder for each class, or a list with labels")
         return VideoList(folder, folder, paths)
+    labels, classes = number([path.split(os.sep)[0] for path in paths], classes, lambda i: folder / paths[i])
+    return VideoList(folder, folder, paths, labels, classes)
+
+
+def number(names, classes, place):
+    """Class names -> (their numbers, the list of classes); classes: the list they must be of, else their own, sorted.
+
+    place: a function of an index, for the message of the InputError about a name that is not in the list.
+    """
+    classes = classes if isinstance(classes, list) else sorted(set(names))
     index = {name: i for i, name in enumerate(classes)}
-    return VideoList(folder, folder, paths, [index[path.split(os.sep)[0]] for path in paths], classes)
+    for i, name in enumerate(names):
+        if name not in index:
+            few = ", ".join(map(repr, classes[:3]))
+            raise InputError(f"{place(i)}: class {name!r} is none of the {len(classes)} classes ({few}, ...)")
+    return [index[name] for name in names], classes
 
 
 def files_below(folder):
@@ -123,30 +148,33 @@ def files_below(folder):
     return sorted(found)
 
 
-def read_list(file, root, split, need_labels=False):
+def read_list(file, root, split, need_labels=False, classes=None):
     """Read a list of videos: 'path label' lines, or the official Kinetics csv."""
     with open(file, encoding="utf-8", newline="") as text:
         first = text.readline()
         text.seek(0)
         if "youtube_id" in first:
-            return read_kinetics_csv(file, text, root, split, need_labels)
+            return read_kinetics_csv(file, text, root, split, need_labels, classes)
         lines = text.read().splitlines()
-    root, paths, labels = Path(root), [], []
-    for number, line in enumerate(lines, 1):
+    count = len(classes) if isinstance(classes, list) else classes
+    paths, labels = [], []
+    for i, line in enumerate(lines, 1):
         if not line.strip():
             continue
         match = re.fullmatch(r"\s*(\S.*?)(\s*,\s*|\s+)(\d+)\s*", line)
-        expected = f"{file}, line {number}: {line.strip()!r}: {{}}; expected 'path label' or 'path,label'"
+        wrong = f"{file}, line {i}: {line.strip()!r}: {{}}; expected 'path label' or 'path,label'"
         if not match:
-            raise InputError(expected.format("no label after the path (a whole number; any will do for pre-training)"))
+            raise InputError(wrong.format("no label after the path (a whole number; any will do for pre-training)"))
         if re.search(r"[\s,]\d+$", match[1]):
-            raise InputError(expected.format("more than two columns"))
+            raise InputError(wrong.format("more than two columns"))
+        if count and int(match[3]) >= count:
+            raise InputError(wrong.format(f"label {match[3]} is outside 0..{count - 1}, the {count} classes there are"))
         paths.append(match[1])
         labels.append(int(match[3]))
-    return VideoList(file, root, paths, labels)
+    return VideoList(file, root, paths, labels, classes if isinstance(classes, list) else None)
 
 
-def read_kinetics_csv(file, text, root, split, need_labels=False):
+def read_kinetics_csv(file, text, root, split, need_labels=False, classes=None):
     """Read the official csv: rows of label,youtube_id,time_start,time_end,split, in the order its first row gives.
 
     Rows of other splits are left out. Rows whose video is not on disk are left out, counted and reported: Kinetics
@@ -154,8 +182,7 @@ def read_kinetics_csv(file, text, root, split, need_labels=False):
     """
     rows = csv.reader(text)
     header = next(rows)
-    on_disk = {Path(path).stem: path for path in files_below(root)}
-    stems, names, missing = [], [], []
+    stems, names, lines = [], [], []
     for row in rows:
         if len(row) != len(header):
             raise InputError(f"{file}, line {rows.line_num}: {len(row)} columns; expected {','.join(header)}")
@@ -166,19 +193,41 @@ def read_kinetics_csv(file, text, root, split, need_labels=False):
             start, end = float(row["time_start"]), float(row["time_end"])
         except (KeyError, ValueError):
             raise InputError(f"{file}, line {rows.line_num}: time_start and time_end must be seconds") from None
-        stem = f"{row['youtube_id']}_{int(start):06d}_{int(end):06d}"
-        (stems if stem in on_disk else missing).append(stem)
-        if stem in on_disk:
-            names.append(row.get("label", ""))
+        if need_labels and not row.get("label"):
+            raise InputError(f"{file}, line {rows.line_num}: no label; expected {','.join(header)}")
+        stems.append(f"{row['youtube_id']}_{int(start):06d}_{int(end):06d}")
+        names.append(row.get("label", ""))
+        lines.append(rows.line_num)
+    labels, classes = number(names, classes, lambda i: f"{file}, line {lines[i]}")
+    return VideoList(file, root, *on_disk(file, root, stems, labels), classes)
+
+
+def read_ssv2(file, labels_file, root):
+    """Read Something-Something v2 as it is distributed: labels json, train / validation json, a folder of ID.webm."""
+    with open(labels_file, encoding="utf-8") as text:
+        numbers = {name: int(i) for name, i in json.load(text).items()}
+    with open(file, encoding="utf-8") as text:
+        items = json.load(text)
+    labels = []
+    for i, item in enumerate(items):
+        name = item["template"].replace("[", "").replace("]", "") if "template" in item else None
+        if name not in numbers:
+            raise InputError(f"{file}, entry {i}, id {item.get('id')}: class {name!r} is not in {labels_file}")
+        labels.append(numbers[name])
+    found = on_disk(file, root, [str(item["id"]) for item in items], labels)
+    return VideoList(file, root, *found, sorted(numbers, key=numbers.get))
+
+
+def on_disk(file, root, stems, labels):
+    """The videos below root by their names without suffix, with their labels; counts and reports those not there."""
+    there = {Path(path).stem: path for path in files_below(root)}
+    missing = [stem for stem in stems if stem not in there]
     if missing:
-        print(f"{file}: {len(missing)} of {len(stems) + len(missing)} videos are not below {root}, {missing[0]} first")
-    if not stems and missing:
+        print(f"{file}: {len(missing)} of {len(stems)} videos are not below {root}, the first of them {missing[0]}")
+    if stems and len(missing) == len(stems):
         raise InputError(f"{file}: none of its videos is below {root}; expected files such as {missing[0]}.mp4")
-    classes = sorted(set(names))
-    if need_labels and "" in classes:
-        raise InputError(f"{file}: rows without a label")
-    index = {name: i for i, name in enumerate(classes)}
-    return VideoList(file, root, [on_disk[stem] for stem in stems], [index[name] for name in names], classes)
+    kept = [(there[stem], label) for stem, label in zip(stems, labels) if stem in there]
+    return [path for path, _ in kept], [label for _, label in kept]
 
 
 # ------------------------------------------------------------------------------------------------------- decoding
@@ -360,40 +409,113 @@ def clip_times(duration, num_frames, sampling_rate, place):
     return max(0.0, duration - span) * place + np.arange(num_frames) * sampling_rate / FPS
 
 
-class PretrainDataset(torch.utils.data.Dataset):
-    """Clips to pre-train on: repeated sampling, random resized crop [0.5, 1], horizontal flip (Table 5a).
+def segment_times(duration, num_frames, places):
+    """Times in seconds of one frame from each of num_frames equal parts, at places (num_frames,) in 0..1 of them."""
+    return (np.arange(num_frames) + np.asarray(places)) * duration / num_frames
 
-    Indexed by (epoch, index). A sample is a dict: video uint8 (R, T, H, W, 3) of R clips, noise (R, N) to mask them
-    by, index of the list, failures [(index, reason)] of videos that had to be replaced.
+
+class Clips(torch.utils.data.Dataset):
+    """Clips to train on: repeated sampling, random resized crop, flip, RandAugment, random erasing (Tables 5 and 6b).
+
+    Indexed by (epoch, index). A sample is a dict: video uint8 (R, T, H, W, 3) of R clips, label (R,) where the list
+    has labels, noise (R, N) where clips are masked, index, failures [(index, reason)] of videos that were replaced.
     """
 
-    def __init__(self, videos, args, noise_of):
-        """args: the stage's arguments on clips. noise_of() gives the noise (N,) that a clip is masked by."""
+    def __init__(self, videos, args, noise_of=None, rand_augment=None, erasing=0.0):
+        """args: the stage's arguments on clips. noise_of() gives the noise (N,) that a clip is masked by.
+
+        rand_augment: (magnitude of 10, its standard deviation) or None. erasing: the chance of random erasing.
+        """
         self.videos, self.noise_of, self.seed, self.repeats = videos, noise_of, args.seed, args.repeats
         self.num_frames, self.sampling_rate, self.img_size = args.num_frames, args.sampling_rate, args.img_size
+        self.segments, self.rand_augment = args.segments, rand_augment
         self.crop = v2.RandomResizedCrop(args.img_size, scale=args.crop, ratio=(3 / 4, 4 / 3))
         self.flip = v2.RandomHorizontalFlip(0.5 if args.hflip else 0.0)
+        self.erase = v2.RandomErasing(erasing, value=round(255 * PIXEL_MEAN))
 
     def __getitem__(self, key):
         return with_replacement(self, *key)
 
+    def times(self, duration, seed):
+        """A random clip of a video of this duration."""
+        places = torch.rand(self.num_frames, generator=torch.Generator().manual_seed(seed)).numpy()
+        if self.segments:
+            return segment_times(duration, self.num_frames, places)
+        return clip_times(duration, self.num_frames, self.sampling_rate, places[0])
+
     def load(self, index, epoch):
+        seeds = [stateless_seed(self.seed, epoch, index, repeat) for repeat in range(self.repeats)]
         with Video(self.videos.path(index)) as video:
-            seeds = [stateless_seed(self.seed, epoch, index, repeat) for repeat in range(self.repeats)]
-            places = [torch.rand((), generator=torch.Generator().manual_seed(seed)).item() for seed in seeds]
-            times = [clip_times(video.duration, self.num_frames, self.sampling_rate, place) for place in places]
-            frames = video.frames(np.concatenate(times))
+            frames = video.frames(np.concatenate([self.times(video.duration, seed) for seed in seeds]))
         clips, noise = [], []
         for repeat, seed in enumerate(seeds):
             with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
                 torch.manual_seed(seed)
-                clip = frames[repeat * self.num_frames : (repeat + 1) * self.num_frames]
-                box = self.crop.make_params([torch.empty(3, *upright_size(clip[0]), device="meta")])
-                box = [box[name] for name in ("top", "left", "height", "width")]
-                pixels = to_clip(clip, (self.img_size, self.img_size), box)  # (T, H, W, 3)
-                clips.append(self.flip(pixels.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-                noise.append(self.noise_of())
-        return {"video": torch.stack(clips), "noise": torch.stack(noise)}
+                clips.append(self.augment(frames[repeat * self.num_frames : (repeat + 1) * self.num_frames]))
+                noise += [self.noise_of()] if self.noise_of else []
+        sample = {"video": torch.stack(clips)}
+        if noise:
+            sample["noise"] = torch.stack(noise)
+        if self.videos.labels is not None:
+            sample["label"] = torch.full((self.repeats,), int(self.videos.labels[index]))
+        return sample
+
+    def augment(self, frames):
+        """T av.VideoFrame -> uint8 (T, H, W, 3); whatever is drawn is the same for all frames of the clip."""
+        box = self.crop.make_params([torch.empty(3, *upright_size(frames[0]), device="meta")])
+        box = [box[name] for name in ("top", "left", "height", "width")]
+        clip = self.flip(to_clip(frames, (self.img_size, self.img_size), box).permute(0, 3, 1, 2))  # (T, 3, H, W)
+        if self.rand_augment:
+            magnitude, deviation = self.rand_augment
+            level = (magnitude + deviation * torch.randn(()).item()) * 100
+            clip = v2.RandAugment(2, min(max(round(level), 0), 1000), num_magnitude_bins=1001)(clip.contiguous())
+        return self.erase(clip).permute(0, 2, 3, 1)
+
+
+class Views(torch.utils.data.Dataset):
+    """Clips to test on: K clips evenly over the video x S crops along its longer side (K x 3 in Tables 7 and 9).
+
+    Indexed by the place in the list. A sample is a dict: video uint8 (K * S, T, H, W, 3), label (1,), index (1,), or
+    a reason in "failure" and no video.
+    """
+
+    def __init__(self, videos, args, views):
+        self.videos, self.views, self.segments = videos, views, args.segments
+        self.num_frames, self.sampling_rate, self.img_size = args.num_frames, args.sampling_rate, args.img_size
+
+    def __len__(self):
+        return len(self.videos)
+
+    def times(self, duration):
+        """The times of the K clips: from the start to the end, or the middle where there is one."""
+        K = self.views[0]
+        places = (np.arange(K) / (K - 1)) if K > 1 else [0.5]
+        if self.segments:  # the middle of each part where there is one clip, as much apart as K clips allow
+            return [segment_times(duration, self.num_frames, (k + 0.5) / K) for k in range(K)]
+        return [clip_times(duration, self.num_frames, self.sampling_rate, place) for place in places]
+
+    def boxes(self, height, width):
+        """The S square crops as high as the shorter side, along the longer one and touching both its ends."""
+        short, S = min(height, width), self.views[1]
+        shifts = [round((max(height, width) - short) * (s / (S - 1) if S > 1 else 0.5)) for s in range(S)]
+        return [(shift, 0, short, short) if height > width else (0, shift, short, short) for shift in shifts]
+
+    def __getitem__(self, index):
+        sample = {"index": torch.tensor([index])}
+        if self.videos.labels is not None:
+            sample["label"] = torch.tensor([int(self.videos.labels[index])])
+        try:
+            with Video(self.videos.path(index)) as video:
+                times = self.times(video.duration)
+                frames = video.frames(np.concatenate(times))
+            clips = []
+            for k in range(len(times)):
+                clip = frames[k * self.num_frames : (k + 1) * self.num_frames]
+                size = (self.img_size, self.img_size)
+                clips += [to_clip(clip, size, box) for box in self.boxes(*upright_size(clip[0]))]
+        except VideoError as error:
+            return sample | {"failure": str(error)}
+        return sample | {"video": torch.stack(clips)}
 
 
 def with_replacement(dataset, epoch, index):
@@ -441,8 +563,12 @@ class Stream:
 
 
 def collate(samples):
-    """Samples of R clips each -> one batch: video (B*R, 3, T, H, W) uint8, every other tensor (B*R, ...)."""
-    batch = {name: torch.cat([s[name] for s in samples]) for name in samples[0] if torch.is_tensor(samples[0][name])}
+    """Samples of R clips each -> one batch: video (R*B, 3, T, H, W) uint8, every other tensor (R*B, ...).
+
+    First one clip of each video, then the next of each: what is mixed with its neighbour is mixed with another video.
+    """
+    tensors = [name for name in samples[0] if torch.is_tensor(samples[0][name])]
+    batch = {name: torch.stack([s[name] for s in samples], 1).flatten(0, 1) for name in tensors}
     batch["video"] = batch["video"].permute(0, 4, 1, 2, 3)  # a view: the bytes stay as they were decoded
     batch["index"] = [s["index"] for s in samples]
     batch["failures"] = [failure for s in samples for failure in s["failures"]]

@@ -54,7 +54,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, epilog="data:\n" + data.LAYOUTS)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
 
-    add("--dataset", help="kinetics400 (default), kinetics600, kinetics700; demo: small videos that are made here")
+    add("--dataset", help="kinetics400 (default), kinetics600, kinetics700, ssv2; demo: small videos made here")
     add("--data", help="list or folder of videos, see below (default: data/DATASET)")
     add("--videos", metavar="FOLDER", help="where the videos of a list lie, if not beside it")
     add("--model", choices=m.SIZES, help="default: vit_l; vit_demo for the demo")
@@ -72,7 +72,8 @@ def parse_args(argv=None):
     add("--clip_grad", type=float, help="the gradient's norm is cut to this")
     add("--repeats", type=int, help="clips from a video that was opened: reading costs more than a second clip")
     add("--crop", type=float, nargs=2, metavar=("MIN", "MAX"), help="area of a random crop, as a share of the frame")
-    add("--hflip", action=switch, help="mirror every other clip")
+    add("--hflip", action=switch, help="mirror every other clip; SSv2 never: its labels know left from right")
+    add("--segments", action=switch, help="a frame from each of --num_frames equal parts of a video; default: on SSv2")
 
     add("--mask_ratio", type=float, default=0.9, help="share of tokens that are hidden, in [0, 1)")
     add("--masking", choices=m.MASKINGS, default="agnostic", help="which tokens are hidden together (Figure 4)")
@@ -103,7 +104,8 @@ def parse_args(argv=None):
         weight_decay=recipe["weight decay"],
         epochs=recipe["epochs"],
         repeats=recipe["repeated sampling"],
-        hflip=recipe["augmentation"]["hflip"],
+        hflip=recipe["augmentation"]["hflip"] and first.dataset != "ssv2",
+        segments=first.dataset == "ssv2",
         crop=recipe["augmentation"]["crop"],
         batch_size=recipe["batch size"],
         clip_grad=recipe["gradient clipping"],
@@ -199,7 +201,7 @@ def train(args, recipe):
 
     # Clips: each brings the noise that it is masked by
     noise_of = functools.partial(m.masking_noise, mae.grid, args.mask_ratio, args.masking)
-    clips = data.PretrainDataset(videos, args, noise_of)
+    clips = data.Clips(videos, args, noise_of)
     stream = data.Stream(len(videos), args.batch_size, micro_batch, rank, world, args.seed, start, steps)
     batches = iter(data.make_loader(clips, stream, args.num_workers, device))
     failures = data.Failures(out / "failures.log", videos, args.max_failures, start > 0)

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 from tqdm import tqdm
 
@@ -207,9 +208,10 @@ class VideoViT(nn.Module):
     """The encoder: a plain ViT over the tubelets it is given, with separable learned positions and a class token."""
 
     def __init__(self, img_size=224, patch_size=16, num_frames=16, t_patch_size=2, embed_dim=1024, depth=24,
-                 num_heads=16, drop_path=0.0, sine_positions=False):  # fmt: skip
+                 num_heads=16, drop_path=0.0, sine_positions=False, checkpoint_activations=False):  # fmt: skip
         super().__init__()
         self.patch_size, self.t_patch_size, self.sine_positions = patch_size, t_patch_size, sine_positions
+        self.checkpoint_activations = checkpoint_activations  # keep less, compute blocks again going backward
         self.grid = (num_frames // t_patch_size, img_size // patch_size, img_size // patch_size)  # (t, h, w)
         self.patch_embed = TubeletEmbed(patch_size, t_patch_size, embed_dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
@@ -262,7 +264,7 @@ class VideoViT(nn.Module):
         x = self.patch_embed(normalize(tubelets)) + at  # (B, V, D)
         x = torch.cat([(self.cls_token + position[:, :1]).expand(len(x), -1, -1), x], 1)  # (B, 1 + V, D)
         for block in self.blocks:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpoint_activations and self.training else block(x)
         return x
 
 
@@ -350,9 +352,16 @@ class Classifier(VideoViT):
         self.init_weights()
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
 
-    def forward(self, video):
-        """video (B, 3, T, H, W), uint8 or normalised floats -> logits (B, num_classes)."""
-        x = self.encode(patchify(video, self.patch_size, self.t_patch_size), self.grid_of(video))
+    def forward(self, video, mask_ratio=0.0, noise=None):
+        """video (B, 3, T, H, W), uint8 or normalised floats -> logits (B, num_classes).
+
+        mask_ratio hides tokens in training (Table 11): those with the smallest noise (B, N) stay.
+        """
+        tubelets, grid, visible = patchify(video, self.patch_size, self.t_patch_size), self.grid_of(video), None
+        if mask_ratio:
+            visible = noise.argsort(dim=1)[:, : num_visible(grid, mask_ratio)]  # (B, V)
+            tubelets = take(tubelets, visible)
+        x = self.encode(tubelets, grid, visible)  # (B, 1 + V, D)
         return self.head(self.dropout(self.norm(x[:, 1:].mean(1))))
 
 
@@ -406,14 +415,14 @@ def load_pretrained(model, path):
     out where they do not fit. Raises InputError where a tensor of the encoder is missing or does not fit.
     Returns the names as {"loaded": [...], "left out": [...], "not found": [...]}.
     """
-    checkpoint = read_checkpoint(path)
+    state = read_checkpoint(path)
     for key in ("model", "model_state", "state_dict"):
-        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
-            checkpoint = checkpoint[key]
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
             break
-    if not isinstance(checkpoint, dict) or not any(torch.is_tensor(value) for value in checkpoint.values()):
+    if not isinstance(state, dict) or not any(torch.is_tensor(value) for value in state.values()):
         raise InputError(f"{path}: holds no weights; expected a state dict, or one under 'model' or 'model_state'")
-    state = to_official_names({k: v for k, v in checkpoint.items() if torch.is_tensor(v)}, model)
+    state = to_official_names({k: v for k, v in state.items() if torch.is_tensor(v)}, model)
     own, loaded, left_out, misfits = model.state_dict(), {}, [], []
     for key, value in state.items():
         if key in own and key.endswith("pos_embed_spatial") and value.shape[1] != own[key].shape[1]:
@@ -551,10 +560,10 @@ def find_run(stage, args):
     path = Path(args.output_dir) / "checkpoint.pt"
     if not path.exists() or not args.resume:
         return None
-    checkpoint = read_checkpoint(path)
-    if checkpoint.get("stage") != stage:
-        raise InputError(f"{path}: a checkpoint of {checkpoint.get('stage')}; give this run another --output_dir")
-    then, now = checkpoint["args"], vars(args)
+    run = read_checkpoint(path)
+    if run.get("stage") != stage:
+        raise InputError(f"{path}: a checkpoint of {run.get('stage')}; give this run another --output_dir")
+    then, now = run["args"], vars(args)
     names = sorted(name for name in then.keys() | now.keys() if name not in MAY_CHANGE)
     differ = [f"--{name} was {then.get(name)}, is {now.get(name)}" for name in names if then.get(name) != now.get(name)]
     if differ:
@@ -562,7 +571,7 @@ def find_run(stage, args):
             f"{path}: from a run with other arguments ({'; '.join(differ)}). Give them as they were to go on, another "
             "--output_dir to keep that run, or --no-resume to overwrite it"
         )
-    return checkpoint
+    return run
 
 
 class Log:

@@ -300,10 +300,10 @@ def test_a_long_list_is_small_in_every_worker(tmp_path):
 
 
 def pretrain_dataset(folder, **changes):
-    settings = dict(num_frames=16, img_size=32, sampling_rate=4, repeats=4, crop=(0.5, 1.0), hflip=True, seed=0)
-    return data.PretrainDataset(
-        data.find_videos(folder), argparse.Namespace(**(settings | changes)), lambda: torch.rand(8)
+    settings = dict(
+        num_frames=16, img_size=32, sampling_rate=4, repeats=4, crop=(0.5, 1.0), hflip=True, seed=0, segments=False
     )
+    return data.Clips(data.find_videos(folder), argparse.Namespace(**(settings | changes)), lambda: torch.rand(8))
 
 
 def test_a_clip_spans_its_time_at_any_place_of_the_video():

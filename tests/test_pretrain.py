@@ -20,7 +20,7 @@ from model import InputError
 
 ROOT = Path(__file__).parents[1]
 SMALL = (
-    "--model vit_demo --img_size 32 --decoder_width 32 --decoder_depth 1 --precision fp32 --num_workers 0 --log_every 1"
+    "--model vit_demo --img_size 24 --decoder_width 32 --decoder_depth 1 --precision fp32 --num_workers 0 --log_every 1"
 )
 
 
@@ -96,7 +96,7 @@ def test_a_run_leaves_what_the_readme_says(run):
     assert [entry["step"] for entry in log] == [1, 2, 3, 4, 5] and log[-1]["epoch"] == 10
     for name in ("loss", "lr", "grad_norm", "clips_per_s", "data_wait"):
         assert all(np.isfinite(entry[name]) for entry in log), name
-    assert log[0]["lr"] == 0 and log[2]["lr"] == pytest.approx(m.cosine_decay(4, 1e-3, 1, 10))
+    assert log[0]["lr"] == 0 and log[2]["lr"] == pytest.approx(m.cosine_decay(4, 1e-3, 0.5, 10))
     assert not list(run.glob("*.tmp"))
     pictures = sorted(path.name for path in (run / "reconstructions").iterdir())
     assert pictures == [f"val{i}_000005_000008.{suffix}" for i in range(2) for suffix in ("mp4", "png")]
@@ -286,7 +286,7 @@ def test_visualize_writes_figure_and_animation_and_names_what_it_skips(run, demo
 def test_pictures_show_real_colours_and_leave_visible_patches_alone(norm_pix_loss, predict, monkeypatch):
     flag = "--norm_pix_loss" if norm_pix_loss else "--no-norm_pix_loss"
     mae, _ = mae_pretrain.build(parse(f"{SMALL} {flag} --predict {predict}"))
-    clip = torch.randint(0, 256, (16, 32, 32, 3), dtype=torch.uint8)
+    clip = torch.randint(0, 256, (16, 24, 24, 3), dtype=torch.uint8)
     forward = mae.forward
 
     def perfect(video, mask_ratio, noise):  # a model that predicts its target exactly
