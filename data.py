@@ -13,6 +13,7 @@ A sample follows from (seed, epoch, index, repeat) alone: the number of workers 
 and a run that is taken up again needs no generator states.
 """
 
+import argparse
 import contextlib
 import csv
 import functools
@@ -32,7 +33,7 @@ import torch
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from model import PIXEL_MEAN, InputError
+from model import PIXEL_MEAN, InputError, gather
 
 FPS = 30  # what sampling rates count in: a clip of 16 frames, every 4th of 30 a second, spans 64 / 30 s
 READ_THROUGH = 10.0  # seconds between wanted frames above which a new seek is cheaper than reading on
@@ -54,6 +55,32 @@ LAYOUTS = """\
 def stateless_seed(*numbers):
     """A seed that follows from whole numbers >= 0 alone, such as (seed, epoch, index, repeat)."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def add_arguments(parser):
+    """The arguments on data that the stages share."""
+    add, switch = parser.add_argument, argparse.BooleanOptionalAction
+    add("--dataset", help="kinetics400 (default), kinetics600, kinetics700, ssv2; demo: small videos made here")
+    add("--data", help="list or folder of videos, see below (default: data/DATASET)")
+    add("--videos", metavar="FOLDER", help="where the videos of a list lie, if not beside it")
+    add("--repeats", type=int, help="clips from a video that was opened: reading costs more than a second clip")
+    add("--crop", type=float, nargs=2, metavar=("MIN", "MAX"), help="area of a random crop, as a share of the frame")
+    add("--hflip", action=switch, help="mirror every other clip; not on SSv2, whose labels know left from right")
+    add("--num_frames", type=int, default=16, help="frames in a clip")
+    add("--sampling_rate", type=int, default=4, help="30ths of a second from a frame to the next")
+    add("--segments", action=switch, help="a frame from each of --num_frames equal parts of a video; default: on SSv2")
+    add("--img_size", type=int, help="height and width of a clip in pixels")
+    add("--num_workers", type=int, help="processes that decode for each GPU; default: its share of the cores")
+    add("--max_failures", type=int, help="stop when more videos cannot be read; default: 1 in 100, at least 4")
+
+
+def locate(args, rank):
+    """Where the data set is: args.data, or data/DATASET; the demo's is made if need be, by one process."""
+    if args.dataset == "demo" and args.data is None:
+        if rank == 0:
+            make_demo()
+        gather(None)  # the others wait until it is there
+    return args.data or ("data/demo/kinetics" if args.dataset == "demo" else f"data/{args.dataset}")
 
 
 # ---------------------------------------------------------------------------------------------------------- lists
@@ -628,7 +655,6 @@ DEMO_SHAPES = ("disc", "square", "triangle", "cross")
 DEMO_MOTIONS = ("slides", "circles", "swells")
 DEMO_CLASSES = [f"{shape} {motion}" for shape in DEMO_SHAPES for motion in DEMO_MOTIONS]
 DEMO = dict(train=960, val=120, height=60, width=80, fps=15, seconds=3)  # videos a split, and what each is like
-DEMO_FOLDER = "data/demo"
 DEMO_VERSION = "1"  # of what is drawn: a folder of another version is made again
 
 
@@ -692,7 +718,7 @@ def write_demo_video(task):
     write_video(path, draw_demo_video(shape, motion, seed), DEMO["fps"], crf=20)
 
 
-def make_demo(folder=DEMO_FOLDER):
+def make_demo(folder="data/demo"):
     """Make the demo's data set, once: real H.264 files in the official layout of Kinetics. Returns its folder."""
     folder = Path(folder) / "kinetics"
     version = folder / "VERSION"

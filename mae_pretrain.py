@@ -52,29 +52,9 @@ MICRO_BATCH = {"vit_b": 32, "vit_l": 16, "vit_h": 8}  # videos that fit on a GPU
 def parse_args(argv=None):
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, epilog="data:\n" + data.LAYOUTS)
+    m.add_arguments(parser)
+    data.add_arguments(parser)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
-
-    add("--dataset", help="kinetics400 (default), kinetics600, kinetics700, ssv2; demo: small videos made here")
-    add("--data", help="list or folder of videos, see below (default: data/DATASET)")
-    add("--videos", metavar="FOLDER", help="where the videos of a list lie, if not beside it")
-    add("--model", choices=m.SIZES, help="default: vit_l; vit_demo for the demo")
-    add("--init", metavar="CHECKPOINT", help="start from these weights; with --visualize: the model to show")
-    add("--output_dir", help="default: runs/mae_pretrain_DATASET_MODEL")
-    add("--resume", action=switch, default=True, help="go on from the checkpoint in --output_dir, if there is one")
-    add("--visualize", nargs="+", metavar="VIDEO", help="do not train: draw original, masked input, reconstruction")
-
-    add("--epochs", type=float, help="effective epochs: clips taken of each video, --repeats of them at an opening")
-    add("--warmup_epochs", type=float, help="effective epochs, too; default: the table's, or its share of --epochs")
-    add("--batch_size", type=int, help="videos in a step, over all GPUs; each gives --repeats clips")
-    add("--micro_batch", type=int, help="videos that a GPU takes at once, if its memory is short; gradients add up")
-    add("--lr", type=float, help="peak learning rate; default: the table's, scaled linearly with --batch_size")
-    add("--weight_decay", type=float)
-    add("--clip_grad", type=float, help="the gradient's norm is cut to this")
-    add("--repeats", type=int, help="clips from a video that was opened: reading costs more than a second clip")
-    add("--crop", type=float, nargs=2, metavar=("MIN", "MAX"), help="area of a random crop, as a share of the frame")
-    add("--hflip", action=switch, help="mirror every other clip; SSv2 never: its labels know left from right")
-    add("--segments", action=switch, help="a frame from each of --num_frames equal parts of a video; default: on SSv2")
-
     add("--mask_ratio", type=float, default=0.9, help="share of tokens that are hidden, in [0, 1)")
     add("--masking", choices=m.MASKINGS, default="agnostic", help="which tokens are hidden together (Figure 4)")
     add("--norm_pix_loss", action=switch, default=True, help="normalise each target patch by its mean and deviation")
@@ -82,47 +62,29 @@ def parse_args(argv=None):
     add("--decoder_width", type=int, help="Table 12b: 128, 256 or 512")
     add("--decoder_depth", type=int, help="Table 12c: 1, 2, 4 or 8 blocks")
     add("--decoder_heads", type=int, help="default: 64 wide each; later released files have 16 at width 512")
-    add("--num_frames", type=int, default=16, help="frames in a clip")
-    add("--sampling_rate", type=int, default=4, help="30ths of a second from a frame to the next")
-    add("--img_size", type=int, help="height and width of a clip in pixels")
+    add("--visualize", nargs="+", metavar="VIDEO", help="do not train: draw what the model in --init reconstructs")
 
-    add("--seed", type=int, default=0)
-    add("--num_workers", type=int, help="processes that decode for each GPU; default: its share of the cores")
-    add("--max_failures", type=int, help="stop when more videos cannot be read; default: 1 in 100, at least 4")
-    add("--log_every", type=int, default=10, metavar="STEPS")
-    add("--save_minutes", type=float, default=10, help="time between checkpoints, beside one after each pass")
-    add("--device", help="default: cuda if there is one, else cpu")
-    add("--precision", choices=("bf16", "fp32"), help="default: bf16 autocast where the hardware has it")
-    add("--compile", action=switch, help="torch.compile the model; default: on a GPU")
-
-    # The recipe depends on the model, which may be named anywhere: look for it first.
-    first, _ = parser.parse_known_args([arg for arg in (sys.argv[1:] if argv is None else argv) if arg[:2] != "-h"])
-    size = first.model or ("vit_demo" if first.dataset == "demo" else "vit_l")
+    dataset, size = m.first_look(parser, sys.argv[1:] if argv is None else argv)
     recipe = DEMO_RECIPE if size == "vit_demo" else RECIPE
     parser.set_defaults(
+        dataset=dataset,
         model=size,
         weight_decay=recipe["weight decay"],
         epochs=recipe["epochs"],
         repeats=recipe["repeated sampling"],
-        hflip=recipe["augmentation"]["hflip"] and first.dataset != "ssv2",
-        segments=first.dataset == "ssv2",
+        hflip=recipe["augmentation"]["hflip"] and dataset != "ssv2",
         crop=recipe["augmentation"]["crop"],
         batch_size=recipe["batch size"],
         clip_grad=recipe["gradient clipping"],
+        segments=dataset == "ssv2",
+        img_size=m.SIZES[size].get("img_size", 224),
         decoder_width=DECODERS.get(size, {}).get("width", 512),
         decoder_depth=DECODERS.get(size, {}).get("depth", 4),
-        img_size=m.SIZES[size].get("img_size", 224),
     )
     args = parser.parse_args(argv)
-    if args.warmup_epochs is None:
-        args.warmup_epochs = min(recipe["warmup epochs"], recipe["warmup epochs"] / recipe["epochs"] * args.epochs)
-    if args.lr is None:
-        args.lr = recipe["learning rate"] * args.batch_size / recipe["batch size"]
+    m.settle(args, recipe, "mae_pretrain")
     if args.decoder_heads is None:
         args.decoder_heads = max(1, args.decoder_width // 64)
-    if args.dataset is None:
-        args.dataset = Path(args.data).resolve().stem if args.data else "kinetics400"
-    args.output_dir = args.output_dir or f"runs/mae_pretrain_{args.dataset}_{args.model}"
     return args, recipe
 
 
@@ -148,12 +110,7 @@ def train(args, recipe):
     out = Path(args.output_dir)
 
     # Data
-    if args.dataset == "demo" and args.data is None:
-        if rank == 0:
-            data.make_demo()
-        m.gather(None)  # the others wait until it is there
-        args.data = data.DEMO_FOLDER + "/kinetics"
-    args.data = args.data or f"data/{args.dataset}"
+    args.data = data.locate(args, rank)
     videos = data.find_videos(args.data, "train", args.videos)
     micro_batch, micro_steps = m.split_batch(args.batch_size, world, args.micro_batch, MICRO_BATCH.get(args.model))
     steps = round(args.epochs / args.repeats * len(videos) / args.batch_size)

@@ -13,6 +13,7 @@ Shapes: B clips, T x H x W their frames and pixels, (t, h, w) the grid of tokens
 D the width of the encoder. Parameter names are those of the released code, so its files load as they are.
 """
 
+import argparse
 import json
 import math
 import os
@@ -486,6 +487,44 @@ def cosine_decay(epoch, lr, warmup_epochs, epochs):
 # Arguments that may change when a run is taken up again: they say where and how fast it goes, not what it computes.
 MAY_CHANGE = {"resume", "output_dir", "data", "videos", "init", "num_workers", "micro_batch", "max_failures",
               "log_every", "save_minutes", "device", "precision", "compile", "visualize"}  # fmt: skip
+
+
+def add_arguments(parser):
+    """The arguments on the model and on the run that the stages share."""
+    add, switch = parser.add_argument, argparse.BooleanOptionalAction
+    add("--model", choices=SIZES, help="default: vit_l; vit_demo for the demo")
+    add("--init", metavar="CHECKPOINT", help="start from these weights: a file of this project, or see the README")
+    add("--output_dir", help="default: runs/STAGE_DATASET_MODEL")
+    add("--resume", action=switch, default=True, help="go on from the checkpoint in --output_dir, if there is one")
+    add("--epochs", type=float, help="effective epochs: clips taken of each video, --repeats of them at an opening")
+    add("--warmup_epochs", type=float, help="effective epochs, too; default: the table's, or its share of --epochs")
+    add("--batch_size", type=int, help="videos in a step, over all GPUs; each gives --repeats clips")
+    add("--micro_batch", type=int, help="videos that a GPU takes at once, if its memory is short; gradients add up")
+    add("--lr", type=float, help="peak learning rate; default: the table's, scaled linearly with --batch_size")
+    add("--weight_decay", type=float)
+    add("--clip_grad", type=float, help="the gradient's norm is cut to this; default: the table's, or not at all")
+    add("--seed", type=int, default=0)
+    add("--log_every", type=int, default=10, metavar="STEPS")
+    add("--save_minutes", type=float, default=10, help="time between checkpoints, beside one after each pass")
+    add("--device", help="default: cuda if there is one, else cpu")
+    add("--precision", choices=("bf16", "fp32"), help="default: bf16 autocast where the hardware has it")
+    add("--compile", action=switch, help="torch.compile the model; default: on a GPU")
+
+
+def first_look(parser, argv):
+    """(dataset, model) of a command line: the recipe, and so every other default, depends on them."""
+    args, _ = parser.parse_known_args([arg for arg in argv if arg not in ("-h", "--help")])
+    dataset = args.dataset or (Path(args.data).resolve().stem if args.data else "kinetics400")
+    return dataset, args.model or ("vit_demo" if dataset == "demo" else "vit_l")
+
+
+def settle(args, recipe, stage):
+    """Fill in what follows from other arguments: learning rate, warm-up, the run's folder."""
+    if args.warmup_epochs is None:
+        args.warmup_epochs = min(recipe["warmup epochs"], recipe["warmup epochs"] / recipe["epochs"] * args.epochs)
+    if args.lr is None:
+        args.lr = recipe["learning rate"] * args.batch_size / recipe["batch size"]
+    args.output_dir = args.output_dir or f"runs/{stage}_{args.dataset}_{args.model}"
 
 
 def start_process(device=None):
