@@ -33,7 +33,7 @@ import torch
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from model import PIXEL_MEAN, InputError, gather
+from model import PIXEL_MEAN, InputError, bar_interval, gather
 
 FPS = 30  # what sampling rates count in: a clip of 16 frames, every 4th of 30 a second, spans 64 / 30 s
 READ_THROUGH = 10.0  # seconds between wanted frames above which a new seek is cheaper than reading on
@@ -602,14 +602,18 @@ def collate(samples):
     return batch
 
 
+def default_workers():
+    """Decoding processes for each of this machine's training processes: its share of the cores, at most 16."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
 def make_loader(dataset, stream, num_workers, device):
     """A DataLoader over a Stream. Nothing random is left to the workers, so their number changes nothing.
 
-    num_workers None: this process's share of the machine's cores, at most 16.
+    num_workers None: default_workers().
     """
-    if num_workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        num_workers = min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    num_workers = default_workers() if num_workers is None else num_workers
     return torch.utils.data.DataLoader(
         dataset,
         batch_sampler=stream,
@@ -737,7 +741,8 @@ def make_demo(folder="data/demo"):
                 path = folder / split / f"{name}_{0:06d}_{DEMO['seconds']:06d}.mp4"
                 tasks.append((str(path), shape, motion, stateless_seed(i, split == "val") % 2**32))
     with Pool(os.cpu_count()) as pool:
-        list(tqdm(pool.imap_unordered(write_demo_video, tasks, 8), f"making the demo's videos in {folder}", len(tasks)))
+        made = pool.imap_unordered(write_demo_video, tasks, 8)
+        list(tqdm(made, f"making the demo's videos in {folder}", len(tasks), mininterval=bar_interval()))
     version.write_text(DEMO_VERSION)
     return folder
 

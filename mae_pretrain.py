@@ -146,7 +146,7 @@ def train(args, recipe):
     facts = {"videos_found": len(videos), "steps": steps, "processes": world, "torch": torch.__version__}
     if rank == 0:
         (out / "args.json").write_text(json.dumps(vars(args) | facts, indent=1))
-    say(f"{args.model}: {sum(p.numel() for p in mae.parameters()) / 1e6:.1f} M parameters, {precision} on {device}")
+    say(f"{args.model}: {m.millions(mae):.1f} M parameters, {precision} on {device}")
     passes = args.epochs / args.repeats
     say(f"{videos.source}: {len(videos)} videos; {args.epochs:g} effective epochs are {passes:g} passes over it")
     say(f"{steps} steps of {args.batch_size} videos, {args.repeats} clips each; {world} processes take {micro_batch} "

@@ -351,7 +351,7 @@ class Classifier(VideoViT):
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(self.norm.normalized_shape[0], num_classes)
         self.init_weights()
-        nn.init.trunc_normal_(self.head.weight, std=2e-5)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
 
     def forward(self, video, mask_ratio=0.0, noise=None):
         """video (B, 3, T, H, W), uint8 or normalised floats -> logits (B, num_classes).
@@ -550,6 +550,11 @@ def gather(value):
     return values
 
 
+def millions(model):
+    """Parameters of a model, in millions."""
+    return sum(parameter.numel() for parameter in model.parameters()) / 1e6
+
+
 def has_bf16(device):
     """Whether this device multiplies matrices in bfloat16 in hardware: elsewhere autocast would only be slower."""
     if device.type == "cuda":
@@ -613,6 +618,11 @@ def find_run(stage, args):
     return run
 
 
+def bar_interval():
+    """Seconds between two states of a progress bar: a terminal shows the last, a file keeps them all."""
+    return 0.2 if sys.stderr.isatty() else 30.0
+
+
 class Log:
     """What the steps of a run give: a progress bar, a line of log.jsonl every few steps, and when to save.
 
@@ -626,8 +636,7 @@ class Log:
         self.main = not dist.is_initialized() or dist.get_rank() == 0
         self.pending, self.indices, self.failed, self.waited = [], [], [], 0.0
         self.tick = self.saved = time.perf_counter()
-        quiet = 0.2 if sys.stderr.isatty() else 30.0  # seconds between two bars: a file keeps them all
-        self.bar = tqdm(total=steps, initial=start, disable=not self.main, unit="step", mininterval=quiet)
+        self.bar = tqdm(total=steps, initial=start, disable=not self.main, unit="step", mininterval=bar_interval())
         self.path = Path(args.output_dir) / "log.jsonl"
         if self.main:  # lines that a stopped run wrote after its checkpoint are dropped
             lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
@@ -682,7 +691,8 @@ class Log:
             with open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
         self.bar.set_postfix_str(
-            "loss {loss:.4f}, lr {lr:.1e}, {clips_per_s:.0f} clips/s, data {data_wait:.0%}".format(**line)
+            "loss {loss:.4f}, lr {lr:.1e}, {clips_per_s:.0f} clips/s, data {data_wait:.0%}".format(**line),
+            refresh=False,
         )
         passes = [step * self.args.batch_size // len(self.videos) for step in (first, self.done)]
         due = reports[0][4] or passes[0] < passes[1] or self.done == self.steps
