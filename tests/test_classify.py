@@ -577,7 +577,7 @@ def test_bad_input_is_told_what_to_do(line, error, run, labelled, tmp_path, monk
     torch.save({"model": {"head.weight": torch.zeros(8, 8)}}, tmp_path / "noencoder.pt")
     torch.save(
         {
-            "model": mae_pretrain.build(mae_pretrain.parse_args("--model vit_demo --img_size 24".split())[0])[
+            "model": mae_pretrain.build(mae_pretrain.parse_args(["--model", "vit_demo", "--img_size", "24"])[0])[
                 0
             ].state_dict()
         },
