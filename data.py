@@ -655,11 +655,11 @@ class Failures:
 
 # ----------------------------------------------------------------------------------------------------------- demo
 
-DEMO_SHAPES = ("disc", "square", "triangle", "cross")
-DEMO_MOTIONS = ("slides", "circles", "swells")
+DEMO_SHAPES = ("disc", "triangle", "cross")
+DEMO_MOTIONS = ("rises", "falls", "slides", "swells")
 DEMO_CLASSES = [f"{shape} {motion}" for shape in DEMO_SHAPES for motion in DEMO_MOTIONS]
 DEMO = dict(train=960, val=120, height=60, width=80, fps=15, seconds=3)  # videos a split, and what each is like
-DEMO_VERSION = "1"  # of what is drawn: a folder of another version is made again
+DEMO_VERSION = "2"  # of what is drawn: a folder of another version is made again
 
 
 def shape_distance(shape, x, y):
@@ -667,8 +667,6 @@ def shape_distance(shape, x, y):
     x, y = abs(x), y if shape == "triangle" else abs(y)
     if shape == "disc":
         return np.hypot(x, y) - 0.9
-    if shape == "square":
-        return np.maximum(x, y) - 0.8
     if shape == "triangle":
         return np.maximum(0.87 * x + 0.5 * y, -y) - 0.55
     return np.minimum(np.maximum(x - 1, y - 0.35), np.maximum(x - 0.35, y - 1))  # cross
@@ -695,19 +693,14 @@ def draw_demo_video(shape, motion, seed):
     amount = waves(x - drift[0] * t, y - drift[1] * t, 30)
     picture = colors[0] * amount + colors[1] * (1 - amount)
 
-    radius, angle, speed = rng.uniform(11, 16), rng.uniform(0, 2 * np.pi), rng.uniform(0.2, 0.35) * rng.choice([-1, 1])
-    phase = angle + 2 * np.pi * speed * t
+    radius, path = rng.uniform(11, 15), rng.uniform(0.8, 1.2) * (t / DEMO["seconds"] - 0.5)  # from -1/2 to 1/2, about
     center_x, center_y = rng.uniform(0.35, 0.65) * W, rng.uniform(0.4, 0.6) * H
     if motion == "slides":
-        reach = rng.uniform(14, 20)
-        direction = rng.uniform(0, 2 * np.pi)
-        center_x = center_x + reach * np.sin(phase) * np.cos(direction)
-        center_y = center_y + reach * np.sin(phase) * np.sin(direction)
-    elif motion == "circles":
-        reach = rng.uniform(10, 14)
-        center_x, center_y = center_x + reach * np.cos(phase), center_y + reach * np.sin(phase)
-    else:  # swells
-        radius = radius * (1 + 0.45 * np.sin(phase))
+        center_x = W / 2 + rng.choice([-0.5, 0.5]) * W * path
+    elif motion == "swells":
+        radius = radius * (1 + path)
+    else:
+        center_y = H / 2 + {"rises": -0.5, "falls": 0.5}[motion] * H * path
     tilt = rng.uniform(-0.5, 0.5)
     u, v = (x - center_x) / radius, (y - center_y) / radius
     u, v = u * np.cos(tilt) - v * np.sin(tilt), u * np.sin(tilt) + v * np.cos(tilt)

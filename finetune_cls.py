@@ -22,7 +22,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -193,13 +192,7 @@ def train(args, recipe):
             f"{videos.source}: {len(classes)} classes, not {count}; if that is meant: --num_classes {len(classes)}"
         )
     held_out = data.find_videos(args.data, "val", args.videos, need_labels=True, classes=classes or count)
-    micro_batch, micro_steps = m.split_batch(args.batch_size, world, args.micro_batch, MICRO_BATCH.get(args.model))
-    steps = round(args.epochs / args.repeats * len(videos) / args.batch_size)
-    if steps < 1:
-        raise m.InputError(
-            f"{videos.source}: {args.epochs:g} epochs of {len(videos)} videos, {args.repeats} clips at a time, are "
-            f"less than one step of {args.batch_size} videos; take a smaller --batch_size or more --epochs"
-        )
+    steps, micro_batch, micro_steps = m.plan(args, videos, world, MICRO_BATCH.get(args.model))
 
     # Model and optimizer, new or as the run left them
     torch.manual_seed(args.seed)
@@ -213,40 +206,16 @@ def train(args, recipe):
         say("no --init: training from scratch")
     classifier.to(device)
     groups = m.parameter_groups(classifier, args.weight_decay, args.layer_decay)
-    fused = device.type in ("cuda", "cpu")
-    if recipe["optimizer"] is torch.optim.SGD:
-        optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=SGD_MOMENTUM, fused=fused)
-    else:
-        optimizer = recipe["optimizer"](groups, lr=args.lr, betas=recipe["optimizer momentum"], fused=fused)
+    momentum = recipe.get("optimizer momentum")
+    momentum = {"betas": momentum} if momentum else {"momentum": SGD_MOMENTUM}
+    optimizer = recipe["optimizer"](groups, lr=args.lr, fused=device.type in ("cuda", "cpu"), **momentum)
     start = 0
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         start = checkpoint["step"]
-    precision = args.precision or ("bf16" if m.has_bf16(device) else "fp32")
-    if device.type == "cuda" if args.compile is None else args.compile:
-        classifier.compile()
-    ddp = DistributedDataParallel(classifier, [device] if device.type == "cuda" else None) if world > 1 else classifier
-
-    # What this run is
-    out.mkdir(parents=True, exist_ok=True)
-    facts = {
-        "videos_found": len(videos),
-        "classes": count,
-        "steps": steps,
-        "processes": world,
-        "torch": torch.__version__,
-    }
-    if rank == 0:
-        (out / "args.json").write_text(json.dumps(vars(args) | facts, indent=1))
-    say(f"{args.model}: {m.millions(classifier):.1f} M parameters, {precision} on {device}")
-    passes = args.epochs / args.repeats
-    say(f"{videos.source}: {len(videos)} videos; {args.epochs:g} effective epochs are {passes:g} passes over it")
-    say(f"{steps} steps of {args.batch_size} videos, {args.repeats} clips each; {world} processes take {micro_batch} "
-        f"videos at once, {micro_steps} times a step; learning rate {args.lr:.3g}")  # fmt: skip
-    if checkpoint:
-        say(f"{out / 'checkpoint.pt'}: going on after step {start}")
-        if checkpoint["videos"] != videos.digest:
-            say(f"warning: the list of videos is another one than before: {checkpoint['videos']}, now {videos.digest}")
+    ddp = m.parallel(classifier, args, device, world)
+    autocast = m.autocast_of(args, device)
+    m.announce(args, classifier, videos, device, world, steps, micro_batch, checkpoint)
 
     # Clips, and what mixes them: whole clips, on the device, MixUp or CutMix for each batch
     noise_of = functools.partial(m.masking_noise, classifier.grid, args.mask_start) if args.mask_start else None
@@ -278,7 +247,7 @@ def train(args, recipe):
             video, target = mix_clips(m.normalize(video), label, mixing, count)
             last = micro_step == micro_steps - 1  # only then do the processes exchange gradients
             with contextlib.nullcontext() if last or world == 1 else ddp.no_sync():
-                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                with autocast():
                     logits = ddp(video, mask_ratio, noise)
                 micro_loss = F.cross_entropy(logits.float(), target, label_smoothing=args.label_smoothing)
                 (micro_loss / micro_steps).backward()
@@ -302,7 +271,7 @@ def train(args, recipe):
     log.bar.close()
     if failures.known:
         say(f"{len(failures.known)} of {len(videos)} videos could not be used; {failures.log} says which and why")
-    test(classifier, held_out, args, device, rank, world, precision, classes)
+    test(classifier, held_out, args, device, rank, world, classes)
     say(f"{out}: checkpoint.pt, log.jsonl, args.json, results.json")
     say(f"next: python finetune_cls.py --predict VIDEO --init {out / 'checkpoint.pt'}")
 
@@ -322,17 +291,17 @@ def mix_clips(video, label, mixing, num_classes):
 
 
 @torch.no_grad()
-def scores_of(classifier, video, device, precision, most=32):
+def scores_of(classifier, video, device, autocast=contextlib.nullcontext, most=32):
     """Class probabilities averaged over the views of one video: uint8 (V, T, H, W, 3) -> (num_classes,) on the CPU."""
     total = 0
     for views in video.permute(0, 4, 1, 2, 3).split(most):
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with autocast():
             logits = classifier(views.to(device, non_blocking=True))
         total = total + logits.float().softmax(1).sum(0)
     return (total / len(video)).cpu()
 
 
-def test(classifier, videos, args, device, rank, world, precision, classes):
+def test(classifier, videos, args, device, rank, world, classes):
     """Multi-view test: prints and writes results.json; each video counts once, whatever the number of processes.
 
     A video that cannot be read counts as wrong, and is reported. Returns the results, on process 0.
@@ -351,7 +320,7 @@ def test(classifier, videos, args, device, rank, world, precision, classes):
         if "failure" in sample:
             failures.append((index, sample["failure"]))
         else:
-            scores[index] = scores_of(classifier, sample["video"], device, precision)
+            scores[index] = scores_of(classifier, sample["video"], device, m.autocast_of(args, device))
     reports = m.gather((scores, failures))
     if rank > 0:
         return None
@@ -421,15 +390,13 @@ def evaluate(args):
         raise m.InputError(
             f"{videos.source}: {len(videos.class_names)} classes, the classifier has {classifier.head.out_features}"
         )
-    precision = args.precision or ("bf16" if m.has_bf16(device) else "fp32")
-    test(classifier.to(device), videos, args, device, rank, world, precision, classes)
+    test(classifier.to(device), videos, args, device, rank, world, classes)
 
 
 def predict(args):
     device, _, _ = m.start_process(args.device)
     classifier, classes = restore(args)
     classifier.to(device).eval()
-    precision = args.precision or ("bf16" if m.has_bf16(device) else "fp32")
     videos = data.VideoList("--predict", ".", args.predict)
     views, failed = data.Views(videos, args, args.views), 0
     for i, path in enumerate(args.predict):
@@ -438,7 +405,9 @@ def predict(args):
             failed += 1
             print(f"{path}: {sample['failure']}")
             continue
-        top = scores_of(classifier, sample["video"], device, precision).topk(min(5, classifier.head.out_features))
+        top = scores_of(classifier, sample["video"], device, m.autocast_of(args, device)).topk(
+            min(5, classifier.head.out_features)
+        )
         print(f"{path}:")
         for probability, index in zip(*(values.tolist() for values in top)):
             print(f"  {probability:6.1%}  {classes[index] if classes else f'class {index}'}")

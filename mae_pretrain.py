@@ -13,14 +13,12 @@ passes over the list. A batch counts videos: 512 of them are 2048 clips a step.
 import argparse
 import contextlib
 import functools
-import json
 import sys
 from fractions import Fraction
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch.nn.parallel import DistributedDataParallel
 
 import data
 import model as m
@@ -41,7 +39,7 @@ RECIPE = {  # Table 5a: Kinetics pre-training
 DEMO_RECIPE = RECIPE | {  # vit_demo, minutes on two CPU cores: found by trying, many small steps learn fastest
     "learning rate": 4e-3,
     "warmup epochs": 1,
-    "epochs": 20,
+    "epochs": 40,
     "batch size": 4,
     "gradient clipping": 1.0,
 }
@@ -112,13 +110,7 @@ def train(args, recipe):
     # Data
     args.data = data.locate(args, rank)
     videos = data.find_videos(args.data, "train", args.videos)
-    micro_batch, micro_steps = m.split_batch(args.batch_size, world, args.micro_batch, MICRO_BATCH.get(args.model))
-    steps = round(args.epochs / args.repeats * len(videos) / args.batch_size)
-    if steps < 1:
-        raise m.InputError(
-            f"{videos.source}: {args.epochs:g} epochs of {len(videos)} videos, {args.repeats} clips at a time, are "
-            f"less than one step of {args.batch_size} videos; take a smaller --batch_size or more --epochs"
-        )
+    steps, micro_batch, micro_steps = m.plan(args, videos, world, MICRO_BATCH.get(args.model))
 
     # Model and optimizer, new or as the run left them
     torch.manual_seed(args.seed)
@@ -136,25 +128,9 @@ def train(args, recipe):
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         start = checkpoint["step"]
-    precision = args.precision or ("bf16" if m.has_bf16(device) else "fp32")
-    if device.type == "cuda" if args.compile is None else args.compile:
-        mae.compile()
-    ddp = DistributedDataParallel(mae, [device] if device.type == "cuda" else None) if world > 1 else mae
-
-    # What this run is
-    out.mkdir(parents=True, exist_ok=True)
-    facts = {"videos_found": len(videos), "steps": steps, "processes": world, "torch": torch.__version__}
-    if rank == 0:
-        (out / "args.json").write_text(json.dumps(vars(args) | facts, indent=1))
-    say(f"{args.model}: {m.millions(mae):.1f} M parameters, {precision} on {device}")
-    passes = args.epochs / args.repeats
-    say(f"{videos.source}: {len(videos)} videos; {args.epochs:g} effective epochs are {passes:g} passes over it")
-    say(f"{steps} steps of {args.batch_size} videos, {args.repeats} clips each; {world} processes take {micro_batch} "
-        f"videos at once, {micro_steps} times a step; learning rate {args.lr:.3g}")  # fmt: skip
-    if checkpoint:
-        say(f"{out / 'checkpoint.pt'}: going on after step {start}")
-        if checkpoint["videos"] != videos.digest:
-            say(f"warning: the list of videos is another one than before: {checkpoint['videos']}, now {videos.digest}")
+    ddp = m.parallel(mae, args, device, world)
+    autocast = m.autocast_of(args, device)
+    m.announce(args, mae, videos, device, world, steps, micro_batch, checkpoint)
 
     # Clips: each brings the noise that it is masked by
     noise_of = functools.partial(m.masking_noise, mae.grid, args.mask_ratio, args.masking)
@@ -175,7 +151,7 @@ def train(args, recipe):
             video, noise = (batch[name].to(device, non_blocking=True) for name in ("video", "noise"))
             last = micro_step == micro_steps - 1  # only then do the processes exchange gradients
             with contextlib.nullcontext() if last or world == 1 else ddp.no_sync():
-                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                with autocast():
                     micro_loss, _, _ = ddp(video, args.mask_ratio, noise)
                 (micro_loss / micro_steps).backward()
             loss += micro_loss.detach() / micro_steps

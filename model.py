@@ -14,6 +14,7 @@ D the width of the encoder. Parameter names are those of the released code, so i
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -25,6 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 from tqdm import tqdm
@@ -35,7 +37,7 @@ SIZES = {
     "vit_b": dict(embed_dim=768, depth=12, num_heads=12),
     "vit_l": dict(embed_dim=1024, depth=24, num_heads=16),
     "vit_h": dict(embed_dim=1280, depth=32, num_heads=16),
-    "vit_demo": dict(img_size=48, patch_size=6, embed_dim=192, depth=4, num_heads=3, sine_positions=True),
+    "vit_demo": dict(img_size=48, patch_size=8, embed_dim=128, depth=4, num_heads=2, sine_positions=True),
 }
 PIXEL_MEAN, PIXEL_STD = 0.45, 0.225  # of each channel, for pixels in 0..1
 MASKINGS = ("agnostic", "space-only", "time-only", "block-wise")  # Figure 4
@@ -550,11 +552,6 @@ def gather(value):
     return values
 
 
-def millions(model):
-    """Parameters of a model, in millions."""
-    return sum(parameter.numel() for parameter in model.parameters()) / 1e6
-
-
 def has_bf16(device):
     """Whether this device multiplies matrices in bfloat16 in hardware: elsewhere autocast would only be slower."""
     if device.type == "cuda":
@@ -593,6 +590,54 @@ def save_checkpoint(path, **content):
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def plan(args, videos, world, at_most=None):
+    """How many steps a run takes, and how its batches are split: (steps, micro_batch, micro_steps)."""
+    micro_batch, micro_steps = split_batch(args.batch_size, world, args.micro_batch, at_most)
+    steps = round(args.epochs / args.repeats * len(videos) / args.batch_size)
+    if steps < 1:
+        raise InputError(
+            f"{videos.source}: {args.epochs:g} epochs of {len(videos)} videos, {args.repeats} clips at a time, are "
+            f"less than one step of {args.batch_size} videos; take a smaller --batch_size or more --epochs"
+        )
+    return steps, micro_batch, micro_steps
+
+
+def autocast_of(args, device):
+    """The autocast that --precision asks for: bf16 where the hardware has it, else fp32; as a function of nothing."""
+    bf16 = (args.precision or ("bf16" if has_bf16(device) else "fp32")) == "bf16"
+    return functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
+
+
+def parallel(model, args, device, world):
+    """The model as the training calls it: compiled on a GPU or where --compile asks for it, and under DDP."""
+    if device.type == "cuda" if args.compile is None else args.compile:
+        model.compile()
+    if world == 1:
+        return model
+    return DistributedDataParallel(model, [device] if device.type == "cuda" else None)
+
+
+def announce(args, model, videos, device, world, steps, micro_batch, run):
+    """Say what a run is, and write it to args.json in its folder. run: the checkpoint it goes on from, or None."""
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
+    out = Path(args.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    facts = {"videos_found": len(videos), "steps": steps, "processes": world, "torch": torch.__version__}
+    (out / "args.json").write_text(json.dumps(vars(args) | facts, indent=1))
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    precision = "bf16 autocast" if autocast_of(args, device).keywords["enabled"] else "fp32"
+    print(f"{args.model}: {millions:.1f} M parameters, {precision} on {world} x {device.type}")
+    passes = args.epochs / args.repeats
+    print(f"{videos.source}: {len(videos)} videos; {args.epochs:g} effective epochs are {passes:g} passes over it")
+    print(f"{steps} steps of {args.batch_size} videos, {args.repeats} clips each; learning rate {args.lr:.3g}")
+    print(f"{world} processes, {micro_batch} videos at once on each", flush=True)
+    if run:
+        print(f"{out / 'checkpoint.pt'}: going on after step {run['step']}", flush=True)
+        if run["videos"] != videos.digest:
+            print(f"warning: the list of videos is another one than before: {run['videos']}, now {videos.digest}")
 
 
 def find_run(stage, args):

@@ -374,7 +374,7 @@ def test_scores_are_averaged_after_the_softmax():
     video = torch.zeros(5, 2, 4, 4, 3, dtype=torch.uint8)
     video[:, 0, 0, 0] = torch.tensor([[9, 0, 0], [0, 3, 0], [0, 3, 0], [0, 3, 0], [0, 1, 2]], dtype=torch.uint8)
     expected = video[:, 0, 0, 0].float().softmax(1).mean(0)
-    scores = finetune_cls.scores_of(Fixed(), video, torch.device("cpu"), "fp32", most=2)
+    scores = finetune_cls.scores_of(Fixed(), video, torch.device("cpu"), most=2)
     torch.testing.assert_close(scores, expected)
 
 
