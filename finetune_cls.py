@@ -68,12 +68,15 @@ K600_INTERMEDIATE = KINETICS | {  # appendix A: a checkpoint that was fine-tuned
     "epochs": {"vit_l": 40, "vit_h": 30},
     "drop path": {"vit_l": 0.2, "vit_h": 0.3},
 }
-DEMO = KINETICS | {  # vit_demo, minutes on two CPU cores
+DEMO = KINETICS | {  # vit_demo, minutes on two CPU cores: too few steps for much regularisation
     "learning rate": 2e-3,
     "warmup epochs": 1,
-    "epochs": 8,
+    "epochs": 10,
     "repeated sampling": 2,
+    "augmentation": {"RandAug": (0, 0)},
     "batch size": 8,
+    "mixup": 0,
+    "cutmix": 0,
     "drop path": 0.1,
     "dropout": 0.0,
     "layer-wise decay": 0.75,
@@ -405,11 +408,9 @@ def predict(args):
             failed += 1
             print(f"{path}: {sample['failure']}")
             continue
-        top = scores_of(classifier, sample["video"], device, m.autocast_of(args, device)).topk(
-            min(5, classifier.head.out_features)
-        )
+        scores = scores_of(classifier, sample["video"], device, m.autocast_of(args, device))
         print(f"{path}:")
-        for probability, index in zip(*(values.tolist() for values in top)):
+        for probability, index in zip(*(values.tolist() for values in scores.topk(min(5, len(scores))))):
             print(f"  {probability:6.1%}  {classes[index] if classes else f'class {index}'}")
     if failed:
         raise m.InputError(f"{failed} of {len(args.predict)} files are no videos that can be read")

@@ -91,12 +91,13 @@ def test_a_run_leaves_what_the_readme_says(run):
     checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
     mae = m.MAE(**checkpoint["config"])
     mae.load_state_dict(checkpoint["model"])
-    assert checkpoint["step"] == 5 and json.loads((run / "args.json").read_text())["batch_size"] == 4
+    args = json.loads((run / "args.json").read_text())
+    assert checkpoint["step"] == 5 and args["batch_size"] == 4
     log = entries(run)
     assert [entry["step"] for entry in log] == [1, 2, 3, 4, 5] and log[-1]["epoch"] == 10
     for name in ("loss", "lr", "grad_norm", "clips_per_s", "data_wait"):
         assert all(np.isfinite(entry[name]) for entry in log), name
-    assert log[0]["lr"] == 0 and log[2]["lr"] == pytest.approx(m.cosine_decay(4, 1e-3, 0.5, 10))
+    assert log[0]["lr"] == 0 and log[2]["lr"] == pytest.approx(m.cosine_decay(4, 1e-3, args["warmup_epochs"], 10))
     assert not list(run.glob("*.tmp"))
     pictures = sorted(path.name for path in (run / "reconstructions").iterdir())
     assert pictures == [f"val{i}_000005_000008.{suffix}" for i in range(2) for suffix in ("mp4", "png")]
