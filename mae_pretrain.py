@@ -7,7 +7,9 @@
     python mae_pretrain.py --visualize a.mp4 b.mp4 --init runs/mae_pretrain_demo_vit_demo/checkpoint.pt
 
 Epochs are effective: how often each video is sampled. A video that is opened gives 4 clips, so 800 epochs are 200
-passes over the list. A batch counts videos: 512 of them are 2048 clips a step.
+passes over the list. A batch counts videos: 512 of them are 2048 clips a step. In the paper, 800 epochs of ViT-L on
+Kinetics-400 give 84.4 % after fine-tuning (Table 11). They are 192 million clips of 476 GFLOP, forward and backward:
+8 hours on 8 GPUs that each reach 400 TFLOP/s, if decoding keeps up.
 """
 
 import argparse

@@ -488,7 +488,8 @@ def cosine_decay(epoch, lr, warmup_epochs, epochs):
 
 # Arguments that may change when a run is taken up again: they say where and how fast it goes, not what it computes.
 MAY_CHANGE = {"resume", "output_dir", "data", "videos", "init", "num_workers", "micro_batch", "max_failures",
-              "log_every", "save_minutes", "device", "precision", "compile", "visualize"}  # fmt: skip
+              "log_every", "save_minutes", "device", "precision", "compile", "checkpoint_activations", "views",
+              "save_scores", "visualize", "eval", "predict"}  # fmt: skip
 
 
 def add_arguments(parser):
