@@ -496,6 +496,18 @@ def test_sgd_recipe_trains_with_momentum(labelled, tmp_path):
     assert group["momentum"] == 0.9 and "betas" not in group
 
 
+def test_training_learns_to_tell_four_videos_apart(tmp_path):
+    for split in ("train", "val"):
+        for i, motion in enumerate(data.DEMO_MOTIONS):
+            path = tmp_path / split / motion / "a.mp4"
+            path.parent.mkdir(parents=True)
+            data.write_video(path, data.draw_demo_video("disc", motion, i), 15)
+    line = "--recipe demo --epochs 200 --batch_size 4 --lr 2e-3 --layer_decay 1 --crop 0.8 1 --label_smoothing 0 --data"
+    train(line, tmp_path, "--output_dir", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["top1"] == 100
+    assert entries(tmp_path / "out")[-1]["loss"] < 0.1
+
+
 def test_a_classifier_starts_the_next_stage(run, labelled, tmp_path, capsys):
     """Table 10: intermediate fine-tuning; the old head is dropped where the classes differ."""
     (tmp_path / "train.csv").write_text(
