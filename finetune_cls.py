@@ -114,10 +114,9 @@ def parse_args(argv=None):
 
     dataset, size = m.first_look(parser, sys.argv[1:] if argv is None else argv)
     parser.set_defaults(dataset=dataset, model=size)
-    name = parser.parse_args(argv).recipe or (
-        dataset if dataset == "ssv2" else "demo" if size == "vit_demo" else "kinetics"
-    )
-    recipe = column(name, size, parser.parse_args(argv).lr)
+    given = parser.parse_args(argv)
+    name = given.recipe or ("ssv2" if dataset == "ssv2" else "demo" if size == "vit_demo" else "kinetics")
+    recipe = column(name, size, given.lr)
     parser.set_defaults(
         recipe=name,
         weight_decay=recipe["weight decay"],

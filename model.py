@@ -488,8 +488,8 @@ def cosine_decay(epoch, lr, warmup_epochs, epochs):
 
 # Arguments that may change when a run is taken up again: they say where and how fast it goes, not what it computes.
 MAY_CHANGE = {"resume", "output_dir", "data", "videos", "init", "num_workers", "micro_batch", "max_failures",
-              "log_every", "save_minutes", "device", "precision", "compile", "checkpoint_activations", "views",
-              "save_scores", "visualize", "eval", "predict"}  # fmt: skip
+              "log_every", "save_minutes", "device", "compile", "checkpoint_activations", "views", "save_scores",
+              "visualize", "eval", "predict"}  # fmt: skip
 
 
 def add_arguments(parser):
@@ -642,7 +642,7 @@ def announce(args, model, videos, device, world, steps, micro_batch, run):
 
 
 def find_run(stage, args):
-    """The checkpoint in args.output_dir to go on from, or None to start; what happens is printed.
+    """The checkpoint in args.output_dir to go on from, or None to start anew.
 
     Raises InputError where the folder holds a run of another stage, or one made with other arguments: it is not
     overwritten unless --no-resume says so.
@@ -696,7 +696,10 @@ class Log:
     def next(self, batches):
         """The next batch; takes the time that it keeps the training waiting, and what failed on the way."""
         asked = time.perf_counter()
-        batch = next(batches)
+        try:
+            batch = next(batches)
+        except InputError as error:  # from a worker it comes with a traceback, the reason in the last line
+            raise InputError(str(error).strip().splitlines()[-1].removeprefix("data.VideoError: ")) from None
         self.waited += time.perf_counter() - asked
         self.indices += batch["index"]
         self.failed += batch["failures"]
