@@ -5,6 +5,7 @@ Read from top to bottom:
     lists        what people have on disk becomes one VideoList                       (README, "Data layouts")
     decoding     from wanted times to frames, and from frames to a clip of pixels     (PyAV)
     sampling     which clips of a video, with which crop, flip and mask               (Table 5a; appendix A)
+    AVA          csv files of person boxes, and the clips around them           (appendix A, AVA)
     batches      which videos make a step, on which process; what happens to those that fail
     demo         small H.264 videos, made here, in the layouts of the real data sets
     pictures     PNG and H.264 files of what a model does
@@ -25,11 +26,13 @@ import re
 from fractions import Fraction
 from multiprocessing import Pool
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import av.filter
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -60,27 +63,32 @@ def stateless_seed(*numbers):
 def add_arguments(parser):
     """The arguments on data that the stages share."""
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
-    add("--dataset", help="kinetics400 (default), kinetics600, kinetics700, ssv2; demo: small videos made here")
     add("--data", help="list or folder of videos, see below (default: data/DATASET)")
     add("--videos", metavar="FOLDER", help="where the videos of a list lie, if not beside it")
-    add("--repeats", type=int, help="clips from a video that was opened: reading costs more than a second clip")
-    add("--crop", type=float, nargs=2, metavar=("MIN", "MAX"), help="area of a random crop, as a share of the frame")
     add("--hflip", action=switch, help="mirror every other clip; not on SSv2, whose labels know left from right")
     add("--num_frames", type=int, default=16, help="frames in a clip")
     add("--sampling_rate", type=int, default=4, help="30ths of a second from a frame to the next")
-    add("--segments", action=switch, help="a frame from each of --num_frames equal parts of a video; default: on SSv2")
     add("--img_size", type=int, help="height and width of a clip in pixels")
     add("--num_workers", type=int, help="processes that decode for each GPU; default: its share of the cores")
     add("--max_failures", type=int, help="stop when more videos cannot be read; default: 1 in 100, at least 4")
 
 
-def locate(args, rank):
-    """Where the data set is: args.data, or data/DATASET; the demo's is made if need be, by one process."""
+def add_sampling_arguments(parser):
+    """The arguments on where in a video the clips are: in the stages that know no more of it than its label."""
+    add, switch = parser.add_argument, argparse.BooleanOptionalAction
+    add("--dataset", help="kinetics400 (default), kinetics600, kinetics700, ssv2; demo: small videos made here")
+    add("--repeats", type=int, help="clips from a video that was opened: reading costs more than a second clip")
+    add("--crop", type=float, nargs=2, metavar=("MIN", "MAX"), help="area of a random crop, as a share of the frame")
+    add("--segments", action=switch, help="a frame from each of --num_frames equal parts of a video; default: on SSv2")
+
+
+def locate(args, rank, part="kinetics"):
+    """Where the data set is: args.data, or data/DATASET; the demo's part is made if need be, by one process."""
     if args.dataset == "demo" and args.data is None:
         if rank == 0:
-            make_demo()
+            make_demo(part)
         gather(None)  # the others wait until it is there
-    return args.data or ("data/demo/kinetics" if args.dataset == "demo" else f"data/{args.dataset}")
+    return args.data or (f"data/demo/{part}" if args.dataset == "demo" else f"data/{args.dataset}")
 
 
 # ---------------------------------------------------------------------------------------------------------- lists
@@ -91,6 +99,8 @@ class VideoList:
 
     Kept as one string of bytes and two arrays: a list of 240,000 Python strings would be copied into every worker.
     """
+
+    unit = "videos"
 
     def __init__(self, source, root, paths, labels=None, class_names=None):
         """source: the file or folder the list was made of. Paths are relative to root, or absolute."""
@@ -108,6 +118,8 @@ class VideoList:
     def path(self, index):
         start = self.ends[index - 1] if index else 0
         return os.path.join(self.root, os.fsdecode(self.names[start : self.ends[index]].tobytes()))
+
+    name = path  # how messages call it
 
     @functools.cached_property
     def digest(self):
@@ -555,7 +567,358 @@ def with_replacement(dataset, epoch, index):
             failures.append((tried, str(error)))
         tried = stateless_seed(dataset.seed, epoch, index, attempt) % len(dataset.videos)
     index, reason = failures[-1]
-    raise VideoError(f"{ATTEMPTS} videos in a row cannot be used, the last one {dataset.videos.path(index)}: {reason}")
+    raise VideoError(f"{ATTEMPTS} videos in a row cannot be used, the last one {dataset.videos.name(index)}: {reason}")
+
+
+# ------------------------------------------------------------------------------------------------------------ AVA
+
+AVA_TIMES = (902, 1798)  # the seconds of each movie that are annotated
+AVA_CLASSES = 80  # actions, numbered from 1; 60 of them are evaluated
+AVA_FILES = {  # what a data set of AVA consists of: what its names hold, and what they do not
+    "ground truth": (("ava_{split}_v2", ".csv"), ("excluded", "detection", "predicted")),
+    "excluded time stamps": (("{split}", "excluded", ".csv"), ()),
+    "person boxes": (("{split}", "box", ".csv"), ("excluded",)),
+    "action list": ((".pbtxt",), ()),
+}
+AVA_LAYOUT = """\
+  DATA/annotations/ava_train_v2.2.csv             rows of video,time stamp,x1,y1,x2,y2,action,person; ava_val_v2.2.csv
+  DATA/annotations/ava_train_excluded_timestamps_v2.2.csv     rows of video,time stamp; and of val
+  DATA/annotations/ava_action_list_v2.2_for_activitynet_2019.pbtxt     the 60 actions that are evaluated
+  DATA/annotations/.../ava_detection_val_boxes_and_labels.csv     a detector's person boxes, anywhere below
+                                     DATA/annotations: rows of video,time stamp,x1,y1,x2,y2,action,score; the action
+                                     may be empty or -1 (none). Of train, too: to train on beside the ground truth
+  DATA/videos/VIDEO.mkv              movies, or the cuts of 15 minutes that people keep (--video_start 900); or
+  DATA/frames/VIDEO/VIDEO_000001.jpg     their frames, 30 a second, from second 900 on
+--videos FOLDER where these lie elsewhere. No data at hand? Use --dataset demo."""
+
+
+class BoxRows(NamedTuple):
+    """The rows of a csv of boxes, as columns; boxes are x1, y1, x2, y2 as shares of the frame's width and height."""
+
+    source: str
+    video: np.ndarray  # (R,) numbers into names
+    time: np.ndarray  # (R,) seconds
+    box: np.ndarray  # (R, 4)
+    action: np.ndarray  # (R,) 1..80; 0 where a box has none
+    score: np.ndarray  # (R,) 1 in the ground truth
+    names: list  # of the videos
+
+    def only(self, rows):
+        """Some of the rows, and the videos that are in them."""
+        columns = [column[rows] for column in self[1:6]]
+        there, columns[0] = np.unique(columns[0], return_inverse=True)
+        return BoxRows(self.source, *columns, [self.names[i] for i in there])
+
+    def join(self, other):
+        """The rows of both."""
+        numbers = {name: i for i, name in enumerate(self.names)}
+        video = np.array([numbers.setdefault(name, len(numbers)) for name in other.names], dtype=int)[other.video]
+        columns = [np.concatenate(pair) for pair in zip(self[1:6], (video, *other[2:6]))]
+        return BoxRows(f"{self.source} and {other.source}", *columns, list(numbers))
+
+
+def read_rows(file):
+    """The rows of a csv with their line numbers, without empty ones."""
+    try:
+        with open(file, encoding="utf-8", newline="") as text:
+            yield from ((line, row) for line, row in enumerate(csv.reader(text), 1) if row)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{file}: cannot be read as a csv: {error}") from None
+
+
+def read_boxes(file, scored, plain=False):
+    """Read a csv of boxes in AVA's form: video, time stamp, x1, y1, x2, y2, action, and person or score.
+
+    scored: the last column is a score, and the action may be missing (detections); else it is the person, and there
+    must be an action (ground truth). plain: nothing but video, time stamp and box is needed. Raises InputError, naming
+    file and line, where a row has another form, a box has no area or an action is outside 1..80.
+    """
+    expected = "video,time stamp,x1,y1,x2,y2" + ("" if plain else ",action," + ("score" if scored else "person"))
+    numbers, video, time, box, action, score = {}, [], [], [], [], []
+
+    def wrong(line, row, what):
+        return InputError(f"{file}, line {line}: {','.join(row)!r}: {what}; expected {expected}")
+
+    for line, row in read_rows(file):
+        if len(row) not in ((6, 7, 8) if plain else (7, 8)):
+            raise wrong(line, row, f"{len(row)} columns")
+        try:
+            video.append(numbers.setdefault(row[0], len(numbers)))
+            time.append(float(row[1]))
+            x1, y1, x2, y2 = map(float, row[2:6])
+            act = int(row[6]) if len(row) > 6 and row[6] not in ("", "-1") else 0
+            score.append(float(row[7]) if scored and len(row) > 7 and row[7] else 1.0)
+        except ValueError as error:
+            raise wrong(line, row, str(error)) from None
+        if not (x1 < x2 and y1 < y2):
+            raise wrong(line, row, "a box without area; x1 < x2 and y1 < y2")
+        if min(x1, y1) < -1 or max(x2, y2) > 2:
+            raise wrong(line, row, "a box far outside the frame; give shares of its width and height, 0 to 1")
+        if not 0 <= act <= AVA_CLASSES or (act == 0 and not scored):
+            raise wrong(line, row, f"action {row[6]!r} is outside 1..{AVA_CLASSES}")
+        box.append((x1, y1, x2, y2))
+        action.append(act)
+    columns = np.array(video, dtype=np.int64), np.array(time), np.array(box).reshape(-1, 4), np.array(action, dtype=int)
+    return BoxRows(str(file), *columns, np.array(score), list(numbers))
+
+
+def read_excluded(file):
+    """Read a csv of time stamps that are not evaluated: a set of (video, seconds)."""
+    excluded = set()
+    for line, row in read_rows(file):
+        try:
+            name, time = row
+            excluded.add((name, float(time)))
+        except ValueError:
+            raise InputError(f"{file}, line {line}: {','.join(row)!r}; expected video,time stamp") from None
+    return excluded
+
+
+def read_action_list(file):
+    """Read a list of actions in either form it is distributed in: {number: name}."""
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read: {error}") from None
+    entries = re.findall(r'(?:item|label)\s*\{\s*name:\s*"(.*?)"\s*(?:label_)?id:\s*(\d+)', text)
+    actions = {int(number): name for name, number in entries}
+    if not actions or not all(1 <= number <= AVA_CLASSES for number in actions):
+        raise InputError(f'{file}: no action list; expected entries such as item {{ name: "walk" id: 14 }}')
+    return actions
+
+
+def find_ava(data, split):
+    """The files of a split in AVA_LAYOUT: {what: path, or None}; of several that fit, those of the latest version."""
+    top = Path(data) / "annotations" if (Path(data) / "annotations").is_dir() else Path(data)
+    if not top.is_dir():
+        raise InputError(f"{data}: no such folder; expected\n{AVA_LAYOUT}")
+    names, found = sorted(path for path in top.rglob("*") if path.suffix in (".csv", ".pbtxt")), {}
+    for what, (parts, others) in AVA_FILES.items():
+        parts = [part.format(split=split) for part in parts]
+        fit = [p for p in names if all(s in p.name for s in parts) and not any(s in p.name for s in others)]
+        for better in ("v2.2", "include_negative", "activitynet", "2019"):
+            fit = [path for path in fit if better in path.name] or fit
+        if len(fit) > 1:
+            raise InputError(f"{top}: {len(fit)} files of {split} {what} ({', '.join(map(str, fit))}); leave one there")
+        found[what] = str(fit[0]) if fit else None
+    return found
+
+
+class FrameFolder:
+    """A video as a folder of its frames, ID/ID_000001.jpg and on, 30 a second; it is read as a Video is."""
+
+    def __init__(self, path):
+        self.path, self.count = Path(path), count_frames(path)
+        self.duration = self.count / FPS
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def frames(self, times):
+        """The frames nearest to the given times, as Video.frames has them."""
+        numbers = 1 + np.rint(np.asarray(times) * FPS).astype(int).clip(0, self.count - 1)
+        decoded = {number: self.decode(self.path / f"{self.path.name}_{number:06d}.jpg") for number in set(numbers)}
+        return [decoded[number] for number in numbers]
+
+    @staticmethod
+    def decode(file):
+        try:
+            with av.open(str(file)) as container:
+                return next(container.decode(video=0))
+        except (av.error.FFmpegError, StopIteration, OSError) as error:
+            raise VideoError(f"{file.name} cannot be read: {error}") from None
+
+
+@functools.cache
+def count_frames(folder):
+    """How many frames a folder of them holds."""
+    return sum(name.endswith(".jpg") for name in os.listdir(folder))
+
+
+def find_movies(rows, folder, allow_missing=False):
+    """The movies that BoxRows are about: {video: path of its file, or of the folder with its frames}.
+
+    Raises InputError where one is missing from `folder`, unless allow_missing: then it is reported and left out.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; --videos says where the movies are")
+    there = {name: str(folder / name) for name in rows.names if (folder / name).is_dir()}
+    if not there:  # no folders of frames: files, anywhere below
+        there = {Path(path).stem: str(folder / path) for path in files_below(folder)}
+    movies = {name: there[name] for name in rows.names if name in there}
+    missing = [name for name in rows.names if name not in there]
+    if missing:
+        found = f"{len(missing)} of {len(rows.names)} movies are not below {folder}: {', '.join(missing[:5])}"
+        if not allow_missing or not movies:
+            raise InputError(f"{rows.source}: {found}; --videos says where they are, --allow_missing goes on without")
+        print(f"{rows.source}: {found}")
+    return movies
+
+
+class Keyframes:
+    """The moments of movies that have person boxes, with the actions of each: what AVA trains and tests on.
+
+    Indexed like a VideoList, by keyframe. moments (K, 2): the movie's number and the second. rows(index): the boxes of
+    a keyframe in boxes (R, 4), shares of the frame, and in actions (R, 80), booleans.
+    """
+
+    unit = "keyframes"
+
+    def __init__(self, rows, movies, excluded=(), video_start=None, span=AVA_TIMES):
+        """rows: BoxRows; a box with several actions has a row for each. movies: {video: path}, see find_movies.
+
+        excluded: (video, second) that are left out, as is what lies outside `span`, and what movies has no path for.
+        video_start: the second of the movie that a file begins with; None: 0, or 900 for a folder of frames. What is
+        left out is counted and reported; raises InputError where nothing is left.
+        """
+        self.source, self.names, self.video_start = rows.source, rows.names, video_start
+        self.paths = [movies.get(name) for name in rows.names]
+        table = np.concatenate([rows.video[:, None], rows.time[:, None], rows.box], 1)
+        table, which = np.unique(table, axis=0, return_inverse=True)  # sorted by video, second, box
+        acts = rows.action > 0
+        actions = np.zeros((len(table), AVA_CLASSES), dtype=bool)
+        actions[which.reshape(-1)[acts], rows.action[acts] - 1] = True
+        moment = table[:, 0] * 1e6 + table[:, 1]  # one number, for np.isin
+        number = {name: i for i, name in enumerate(self.names)}
+        banned = [number[name] * 1e6 + second for name, second in excluded if name in number]
+        out = {
+            "of movies that are missing": np.array([path is None for path in self.paths], dtype=bool)[
+                table[:, 0].astype(int)
+            ],
+            f"outside the seconds {span[0]} to {span[1]}": (table[:, 1] < span[0]) | (table[:, 1] > span[1]),
+            "at excluded time stamps": np.isin(moment, banned),
+        }
+        for why, rule in out.items():
+            if rule.any():
+                print(f"{self.source}: {rule.sum()} boxes {why} are left out")
+        kept = ~np.any(list(out.values()), 0)
+        if not kept.any():
+            raise InputError(f"{self.source}: no box is left to use")
+        self.boxes, self.actions = table[kept, 2:], actions[kept]
+        self.moments, first = np.unique(table[kept, :2], axis=0, return_index=True)
+        self.ends = np.append(first[1:], len(self.boxes))
+
+    def __len__(self):
+        return len(self.moments)
+
+    def name(self, index):
+        movie, second = self.moments[index]
+        return f"{self.paths[int(movie)]}, second {second:g}"
+
+    def rows(self, index):
+        return slice(self.ends[index - 1] if index else 0, self.ends[index])
+
+    @functools.cached_property
+    def digest(self):
+        """A short hash of movies, moments, boxes and actions: the same list has the same."""
+        parts = ("\n".join(self.names).encode(), self.moments.tobytes(), self.boxes.tobytes(), self.actions.tobytes())
+        return hashlib.blake2b(b"".join(parts), digest_size=8).hexdigest()
+
+    def frames(self, index, num_frames, sampling_rate):
+        """The frames of the clip around a keyframe, which is number num_frames // 2 of them; clamped at the ends."""
+        movie, second = self.moments[index]
+        path = self.paths[int(movie)]
+        reader, start = (FrameFolder, 900.0) if os.path.isdir(path) else (Video, 0.0)
+        start = start if self.video_start is None else self.video_start
+        with reader(path) as video:
+            at = second - start
+            if not 0 <= at <= video.duration:
+                raise VideoError(
+                    f"has no second {second:g}: it holds {start:g} to {start + video.duration:g}; --video_start says "
+                    "with which second of the movie the files begin: 900 for cuts of 15 minutes"
+                )
+            times = at + (np.arange(num_frames) - num_frames // 2) * sampling_rate / FPS
+            return video.frames(times.clip(0, video.duration))
+
+
+def cut_boxes(boxes, frame, crop, size, flip=False):
+    """Move boxes along with a crop: shares of a frame (K, 4) -> pixels of the clip (K, 4), and which are left (K,).
+
+    frame, size: (height, width) of frame and clip. crop: (top, left, height, width) in pixels of the frame. What
+    reaches beyond the clip is cut off; a box is left where it still has an area.
+    """
+    (H, W), (top, left, height, width) = frame, crop
+    x = (boxes[:, 0::2] * W - left) * size[1] / width  # (K, 2)
+    y = (boxes[:, 1::2] * H - top) * size[0] / height
+    if flip:
+        x = size[1] - x[:, ::-1]
+    x, y = x.clip(0, size[1]), y.clip(0, size[0])
+    boxes = np.stack([x[:, 0], y[:, 0], x[:, 1], y[:, 1]], 1)
+    return torch.from_numpy(boxes).float(), torch.from_numpy((x[:, 0] < x[:, 1]) & (y[:, 0] < y[:, 1]))
+
+
+class KeyframeClips(torch.utils.data.Dataset):
+    """Clips around keyframes to train on: short side scaled to 256 to 320, a random crop of 224, flipped or not.
+
+    Indexed by (epoch, index). A sample is a dict: video uint8 (1, T, H, W, 3), boxes (K, 4) in its pixels, actions
+    (K, 80); index and failures as in Clips. Boxes move along and are cut; K counts those left, and may be 0.
+    """
+
+    SHORT_SIDES = 256 / 224, 320 / 224  # of the frame, of the crop's side
+
+    def __init__(self, videos, args):
+        self.videos, self.seed, self.hflip, self.img_size = videos, args.seed, args.hflip, args.img_size
+        self.num_frames, self.sampling_rate = args.num_frames, args.sampling_rate
+
+    def __getitem__(self, key):
+        return with_replacement(self, *key)
+
+    def load(self, index, epoch):
+        frames = self.videos.frames(index, self.num_frames, self.sampling_rate)
+        generator = torch.Generator().manual_seed(stateless_seed(self.seed, epoch, index, 0))
+        scale, down, along, mirror = torch.rand(4, generator=generator).tolist()
+        H, W = upright_size(frames[0])
+        low, high = self.SHORT_SIDES
+        side = even(min(H, W) / (low + (high - low) * scale))
+        crop = even((H - side) * down), even((W - side) * along), side, side
+        flip, size = self.hflip and mirror < 0.5, (self.img_size, self.img_size)
+        clip = to_clip(frames, size, crop)
+        rows = self.videos.rows(index)
+        boxes, left = cut_boxes(self.videos.boxes[rows], (H, W), crop, size, flip)
+        actions = torch.from_numpy(self.videos.actions[rows]).float()
+        return {"video": (clip.flip(2) if flip else clip)[None], "boxes": boxes[left], "actions": actions[left]}
+
+
+class KeyframeViews(torch.utils.data.Dataset):
+    """Clips around keyframes to test on. A sample is a dict: index, video uint8 (T, H, W, 3), boxes (K, 4) in pixels.
+
+    center: short side 256, the middle 224 x 224. full: the whole frame at short side 256, at which persons are as large
+    as in the center crop and as in training; rounded to whole patches, so that nothing of it is dropped. All boxes are
+    kept, also what is left of one beyond the crop: each must get its scores.
+    """
+
+    def __init__(self, videos, args, patch_size):
+        self.videos, self.test_crop, self.img_size, self.patch_size = videos, args.test_crop, args.img_size, patch_size
+        self.num_frames, self.sampling_rate = args.num_frames, args.sampling_rate
+
+    def __len__(self):
+        return len(self.videos)
+
+    def __getitem__(self, index):
+        try:
+            frames = self.videos.frames(index, self.num_frames, self.sampling_rate)
+            H, W = upright_size(frames[0])
+            low = KeyframeClips.SHORT_SIDES[0]
+            if self.test_crop == "center":
+                side = even(min(H, W) / low)
+                crop, size = (even((H - side) / 2), even((W - side) / 2), side, side), (self.img_size, self.img_size)
+            else:
+                unit = low * self.img_size / min(H, W) / self.patch_size  # patches a pixel
+                crop, size = (0, 0, H, W), tuple(max(1, round(n * unit)) * self.patch_size for n in (H, W))
+            clip = to_clip(frames, size, crop)
+        except VideoError as error:
+            return {"index": index, "failure": str(error)}
+        boxes, _ = cut_boxes(self.videos.boxes[self.videos.rows(index)], (H, W), crop, size)
+        return {"index": index, "video": clip, "boxes": boxes}
+
+
+def even(x):
+    """The largest even number up to x: where a picture with half as many colours as pixels can be cut exactly."""
+    return 2 * int(x / 2)
 
 
 # -------------------------------------------------------------------------------------------------------- batches
@@ -593,9 +956,13 @@ def collate(samples):
     """Samples of R clips each -> one batch: video (R*B, 3, T, H, W) uint8, every other tensor (R*B, ...).
 
     First one clip of each video, then the next of each: what is mixed with its neighbour is mixed with another video.
+    Boxes, of which clips have different numbers, become (K, 5) with the clip's number first, and their actions (K, 80).
     """
-    tensors = [name for name in samples[0] if torch.is_tensor(samples[0][name])]
+    tensors = [name for name in samples[0] if torch.is_tensor(samples[0][name]) and name not in ("boxes", "actions")]
     batch = {name: torch.stack([s[name] for s in samples], 1).flatten(0, 1) for name in tensors}
+    if "boxes" in samples[0]:
+        batch["boxes"] = torch.cat([F.pad(s["boxes"], (1, 0), value=i) for i, s in enumerate(samples)])
+        batch["actions"] = torch.cat([s["actions"] for s in samples])
     batch["video"] = batch["video"].permute(0, 4, 1, 2, 3)  # a view: the bytes stay as they were decoded
     batch["index"] = [s["index"] for s in samples]
     batch["failures"] = [failure for s in samples for failure in s["failures"]]
@@ -639,16 +1006,16 @@ class Failures:
     def add(self, failures, write=True):
         """failures: [(index, reason)], from all processes; one of them writes. Raises VideoError beyond the limit."""
         for index, reason in failures:
-            path = self.videos.path(index)
-            if path not in self.known:
-                self.known.add(path)
+            name = self.videos.name(index)
+            if name not in self.known:
+                self.known.add(name)
                 if write:
-                    tqdm.write(f"skipped {path}: {reason}")
+                    tqdm.write(f"skipped {name}: {reason}")
                     with open(self.log, "a") as log:
-                        log.write(f"{path}\t{reason}\n")
+                        log.write(f"{name}\t{reason}\n")
         if len(self.known) > self.limit:
             raise VideoError(
-                f"{len(self.known)} of {len(self.videos)} videos cannot be used, more than --max_failures "
+                f"{len(self.known)} of {len(self.videos)} {self.videos.unit} cannot be used, more than --max_failures "
                 f"{self.limit}; {self.log} names each with its reason. Repair them, or allow more"
             )
 
@@ -659,7 +1026,9 @@ DEMO_SHAPES = ("disc", "triangle", "cross")
 DEMO_MOTIONS = ("rises", "falls", "slides", "swells")
 DEMO_CLASSES = [f"{shape} {motion}" for shape in DEMO_SHAPES for motion in DEMO_MOTIONS]
 DEMO = dict(train=960, val=120, height=60, width=80, fps=15, seconds=3)  # videos a split, and what each is like
-DEMO_VERSION = "2"  # of what is drawn: a folder of another version is made again
+DEMO_ACTIONS = dict(enumerate(DEMO_SHAPES + DEMO_MOTIONS, 1))  # of the AVA part: each thing has one or two of them
+DEMO_AVA = dict(train=300, val=60, seconds=5, times=(902, 903))  # movies a split, and their annotated seconds from 900
+DEMO_VERSION = {"kinetics": "2", "ava": "1"}  # of what is drawn: a folder of another version is made again
 
 
 def shape_distance(shape, x, y):
@@ -672,27 +1041,50 @@ def shape_distance(shape, x, y):
     return np.minimum(np.maximum(x - 1, y - 0.35), np.maximum(x - 0.35, y - 1))  # cross
 
 
+def waves(rng, x, y, wavelength):
+    """A texture: a sum of plane waves, in 0..1."""
+    value = 0
+    for _ in range(3):
+        angle, phase, length = rng.uniform(0, 2 * np.pi), rng.uniform(0, 2 * np.pi), wavelength * rng.uniform(1, 2)
+        value = value + np.sin(2 * np.pi / length * (x * np.cos(angle) + y * np.sin(angle)) + phase)
+    return (value / 6 + 0.5)[..., None]
+
+
+def draw_thing(rng, picture, shape, center_x, center_y, radius, colors):
+    """Draw a textured shape on a picture (T, H, W, 3); center and radius in pixels, (T, 1, 1): picture, where it is."""
+    y, x = np.mgrid[: picture.shape[1], : picture.shape[2]][:, None].astype(np.float32)  # (1, H, W) each
+    tilt = rng.uniform(-0.5, 0.5)
+    u, v = (x - center_x) / radius, (y - center_y) / radius
+    u, v = u * np.cos(tilt) - v * np.sin(tilt), u * np.sin(tilt) + v * np.cos(tilt)
+    inside = (0.5 - shape_distance(shape, u, v) * radius).clip(0, 1)[..., None]
+    amount = waves(rng, u, v, 1.5)
+    return picture * (1 - inside) + inside * (colors[0] * amount + colors[1] * (1 - amount)), inside[..., 0] > 0.5
+
+
+def draw_background(rng, t, colors):
+    """A texture that drifts as if a camera panned, at times t (T, 1, 1) in seconds: (T, H, W, 3)."""
+    y, x = np.mgrid[: DEMO["height"], : DEMO["width"]][:, None].astype(np.float32)
+    drift = rng.uniform(-6, 6, 2)  # pixels a second
+    amount = waves(rng, x - drift[0] * t, y - drift[1] * t, 30)
+    return colors[0] * amount + colors[1] * (1 - amount)
+
+
+def demo_colors(rng, pairs):
+    """Pairs of colours, (2 * pairs, 3), the first for the background; the others stand out from it."""
+    while True:
+        colors = rng.uniform(0, 255, (2 * pairs, 3)).astype(np.float32)
+        means = colors.reshape(pairs, 2, 3).mean(1)
+        if (abs(means[1:] - means[0]).sum(1) >= 200).all():
+            return colors
+
+
 def draw_demo_video(shape, motion, seed):
     """One video: a shape that moves over a textured background that drifts; uint8 (T, H, W, 3)."""
     rng = np.random.RandomState(seed)
-    T, H, W = DEMO["fps"] * DEMO["seconds"], DEMO["height"], DEMO["width"]
-    t = (np.arange(T) / DEMO["fps"]).reshape(T, 1, 1)  # seconds
-    y, x = np.mgrid[:H, :W][:, None].astype(np.float32)  # (1, H, W) each
-    colors = rng.uniform(0, 255, (4, 3)).astype(np.float32)
-    while abs(colors[:2].mean(0) - colors[2:].mean(0)).sum() < 200:  # the shape has to stand out
-        colors = rng.uniform(0, 255, (4, 3)).astype(np.float32)
-
-    def waves(x, y, wavelength):  # a sum of plane waves, in 0..1
-        value = 0
-        for _ in range(3):
-            angle, phase, length = rng.uniform(0, 2 * np.pi), rng.uniform(0, 2 * np.pi), wavelength * rng.uniform(1, 2)
-            value = value + np.sin(2 * np.pi / length * (x * np.cos(angle) + y * np.sin(angle)) + phase)
-        return (value / 6 + 0.5)[..., None]
-
-    drift = rng.uniform(-6, 6, 2)  # pixels a second, as of a camera that pans
-    amount = waves(x - drift[0] * t, y - drift[1] * t, 30)
-    picture = colors[0] * amount + colors[1] * (1 - amount)
-
+    H, W = DEMO["height"], DEMO["width"]
+    t = (np.arange(DEMO["fps"] * DEMO["seconds"]) / DEMO["fps"]).reshape(-1, 1, 1)  # seconds
+    colors = demo_colors(rng, 2)
+    picture = draw_background(rng, t, colors[:2])
     radius, path = rng.uniform(11, 15), rng.uniform(0.8, 1.2) * (t / DEMO["seconds"] - 0.5)  # from -1/2 to 1/2, about
     center_x, center_y = rng.uniform(0.35, 0.65) * W, rng.uniform(0.4, 0.6) * H
     if motion == "slides":
@@ -701,13 +1093,56 @@ def draw_demo_video(shape, motion, seed):
         radius = radius * (1 + path)
     else:
         center_y = H / 2 + {"rises": -0.5, "falls": 0.5}[motion] * H * path
-    tilt = rng.uniform(-0.5, 0.5)
-    u, v = (x - center_x) / radius, (y - center_y) / radius
-    u, v = u * np.cos(tilt) - v * np.sin(tilt), u * np.sin(tilt) + v * np.cos(tilt)
-    inside = (0.5 - shape_distance(shape, u, v) * radius).clip(0, 1)[..., None]
-    amount = waves(u, v, 1.5)
-    picture = picture * (1 - inside) + inside * (colors[2] * amount + colors[3] * (1 - amount))
+    picture, _ = draw_thing(rng, picture, shape, center_x, center_y, radius, colors[2:])
     return picture.clip(0, 255).astype(np.uint8)
+
+
+def draw_demo_movie(seed):
+    """One movie of the demo's AVA part: two or three things, each of a shape, most of them moving.
+
+    Returns uint8 (T, H, W, 3) and, for each of DEMO_AVA["times"], what is there: [(box, actions), ...], the box in
+    shares of the frame, the actions numbers into DEMO_ACTIONS.
+    """
+    rng = np.random.RandomState(seed)
+    H, W, seconds = DEMO["height"], DEMO["width"], DEMO_AVA["seconds"]
+    t = (np.arange(DEMO["fps"] * seconds) / DEMO["fps"]).reshape(-1, 1, 1)
+    count = rng.randint(2, 4)
+    colors = demo_colors(rng, 1 + count)
+    picture = draw_background(rng, t, colors[:2])
+    things = [[] for _ in DEMO_AVA["times"]]
+    for i in range(count):
+        shape, motion = rng.choice(DEMO_SHAPES), rng.choice((*DEMO_MOTIONS, "rests"))
+        radius, path = rng.uniform(8, 11), rng.uniform(0.8, 1.2) * (t / seconds - 0.5)
+        center_x, center_y = (i + rng.uniform(0.35, 0.65)) / count * W, rng.uniform(0.35, 0.65) * H + 0 * t
+        if motion == "slides":
+            center_x = center_x + rng.choice([-0.4, 0.4]) * W * path
+        elif motion == "swells":
+            radius = radius * (1 + path)
+        elif motion != "rests":
+            center_y = H / 2 + {"rises": -0.6, "falls": 0.6}[motion] * H * path
+        picture, inside = draw_thing(rng, picture, shape, center_x, center_y, radius, colors[2 + 2 * i : 4 + 2 * i])
+        names = list(DEMO_ACTIONS.values())
+        actions = [1 + names.index(name) for name in (shape, motion) if name in names]
+        for there, second in zip(things, DEMO_AVA["times"]):
+            rows, columns = (np.flatnonzero(inside[round((second - 900) * DEMO["fps"])].any(axis)) for axis in (1, 0))
+            if len(rows) > 4 and len(columns) > 4:
+                box = columns[0] / W, rows[0] / H, (columns[-1] + 1) / W, (rows[-1] + 1) / H
+                there.append((tuple(box), actions))
+    return picture.clip(0, 255).astype(np.uint8), things
+
+
+def detect_demo(rng, things):
+    """What a person detector would make of a keyframe: most things, not quite in place, and some that are not there."""
+    rows = []
+    for box, actions in things:
+        if rng.rand() < 0.95:
+            x1, y1, x2, y2 = box
+            shift = rng.normal(0, 0.04, 4) * (x2 - x1, y2 - y1, x2 - x1, y2 - y1)
+            rows.append((np.clip(np.add(box, shift), 0, 1), actions, rng.uniform(0.85, 1)))
+    if rng.rand() < 0.3:
+        x, y = rng.uniform(0, 0.7, 2)
+        rows.append(((x, y, x + 0.25, y + 0.3), [-1], rng.uniform(0.4, 0.95)))
+    return rows
 
 
 def write_demo_video(task):
@@ -715,12 +1150,30 @@ def write_demo_video(task):
     write_video(path, draw_demo_video(shape, motion, seed), DEMO["fps"], crf=20)
 
 
-def make_demo(folder="data/demo"):
-    """Make the demo's data set, once: real H.264 files in the official layout of Kinetics. Returns its folder."""
-    folder = Path(folder) / "kinetics"
+def write_demo_movie(task):
+    path, seed = task
+    frames, things = draw_demo_movie(seed)
+    write_video(path, frames, DEMO["fps"], crf=20)
+    return things
+
+
+def make_demo(part="kinetics", folder="data/demo"):
+    """Make a part of the demo's data, once: real H.264 files in the official layout of Kinetics, or of AVA."""
+    folder = Path(folder) / part
     version = folder / "VERSION"
-    if version.exists() and version.read_text() == DEMO_VERSION:
-        return folder
+    if not version.exists() or version.read_text() != DEMO_VERSION[part]:
+        {"kinetics": make_demo_kinetics, "ava": make_demo_ava}[part](folder)
+        version.write_text(DEMO_VERSION[part])
+
+
+def make_videos(write, tasks, folder):
+    """Write videos with all cores; returns what `write` does, in the order of the tasks."""
+    with Pool(os.cpu_count()) as pool:
+        made = pool.imap(write, tasks, 8)
+        return list(tqdm(made, f"making the demo's videos in {folder}", len(tasks), mininterval=bar_interval()))
+
+
+def make_demo_kinetics(folder):
     tasks = []
     for split in ("train", "val"):
         (folder / split).mkdir(parents=True, exist_ok=True)
@@ -733,11 +1186,37 @@ def make_demo(folder="data/demo"):
                 rows.writerow([f"{shape} {motion}", name, 0, DEMO["seconds"], split])
                 path = folder / split / f"{name}_{0:06d}_{DEMO['seconds']:06d}.mp4"
                 tasks.append((str(path), shape, motion, stateless_seed(i, split == "val") % 2**32))
-    with Pool(os.cpu_count()) as pool:
-        made = pool.imap_unordered(write_demo_video, tasks, 8)
-        list(tqdm(made, f"making the demo's videos in {folder}", len(tasks), mininterval=bar_interval()))
-    version.write_text(DEMO_VERSION)
-    return folder
+    make_videos(write_demo_video, tasks, folder)
+
+
+def make_demo_ava(folder):
+    (folder / "videos").mkdir(parents=True, exist_ok=True)
+    (folder / "annotations").mkdir(exist_ok=True)
+    names = [f"{split}{i:04d}" for split in ("train", "val") for i in range(DEMO_AVA[split])]
+    tasks = [(str(folder / "videos" / f"{name}.mp4"), stateless_seed(i, 2) % 2**32) for i, name in enumerate(names)]
+    movies = dict(zip(names, make_videos(write_demo_movie, tasks, folder)))
+    for split in ("train", "val"):
+        truth, detected, excluded, rng = [], [], [], np.random.RandomState(split == "val")
+        for name in (name for name in names if name.startswith(split)):
+            for second, things in zip(DEMO_AVA["times"], movies[name]):
+                row = [name, f"{second:04d}"]
+                for person, (box, actions) in enumerate(things):
+                    truth += [[*row, *(f"{x:.3f}" for x in box), action, person] for action in actions]
+                for box, actions, score in detect_demo(rng, things):
+                    box = [f"{x:.3f}" for x in box]
+                    detected += [[*row, *box, "" if act < 0 else act, f"{score:.3f}"] for act in actions]
+                if rng.rand() < 0.02:
+                    excluded.append(row)
+        files = {
+            f"ava_{split}_v2.2.csv": truth,
+            f"ava_{split}_excluded_timestamps_v2.2.csv": excluded,
+            f"ava_detection_{split}_boxes_and_labels.csv": detected,
+        }
+        for name, rows in files.items():
+            with open(folder / "annotations" / name, "w", newline="") as file:
+                csv.writer(file).writerows(rows)
+    entries = [f'item {{\n  name: "{name}"\n  id: {i}\n}}\n' for i, name in DEMO_ACTIONS.items()]
+    (folder / "annotations" / "ava_action_list_v2.2_for_activitynet_2019.pbtxt").write_text("".join(entries))
 
 
 # ------------------------------------------------------------------------------------------------------- pictures

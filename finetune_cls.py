@@ -82,7 +82,6 @@ DEMO = KINETICS | {  # vit_demo, minutes on two CPU cores: too few steps for muc
     "layer-wise decay": 0.75,
 }
 RECIPES = {"kinetics": KINETICS, "ssv2": SSV2, "k600_intermediate": K600_INTERMEDIATE, "demo": DEMO}
-SGD_MOMENTUM = 0.9
 CROP = [0.08, 1.0]  # share of the frame that a random crop keeps
 VIEWS = {"ssv2": "1x3", "demo": "2x3"}  # clips x crops; on Kinetics 7x3 (Tables 7 and 9)
 CLASSES = {"kinetics400": 400, "kinetics600": 600, "kinetics700": 700, "ssv2": 174}
@@ -94,6 +93,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, epilog="data:\n" + data.LAYOUTS)
     m.add_arguments(parser)
     data.add_arguments(parser)
+    data.add_sampling_arguments(parser)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--recipe", choices=RECIPES, help="default: ssv2 for ssv2, demo for vit_demo, else kinetics")
     add("--num_classes", type=int, help="default: the data set's, or as many as the training list names")
@@ -116,7 +116,7 @@ def parse_args(argv=None):
     parser.set_defaults(dataset=dataset, model=size)
     given = parser.parse_args(argv)
     name = given.recipe or ("ssv2" if dataset == "ssv2" else "demo" if size == "vit_demo" else "kinetics")
-    recipe = column(name, size, given.lr)
+    recipe = m.column(f"--recipe {name}", RECIPES[name], size, given.lr)
     parser.set_defaults(
         recipe=name,
         weight_decay=recipe["weight decay"],
@@ -147,18 +147,6 @@ def parse_args(argv=None):
     return args, recipe
 
 
-def column(name, size, lr):
-    """The recipe of one model: {row: value}. What a table does not give for ViT-B is ViT-L's, but for the rate."""
-    recipe = {}
-    for row, value in RECIPES[name].items():
-        if isinstance(value, dict) and row != "augmentation":
-            if size not in value and row == "learning rate" and lr is None:
-                raise m.InputError(f"--recipe {name} has no learning rate for {size}; give one with --lr")
-            value = value.get(size, value["vit_l"])
-        recipe[row] = value
-    return recipe
-
-
 def build(args, num_classes):
     """The model that the arguments describe, with the arguments of its constructor."""
     config = m.SIZES[args.model] | dict(
@@ -170,12 +158,6 @@ def build(args, num_classes):
         checkpoint_activations=bool(args.checkpoint_activations),
     )
     return m.Classifier(**config), config
-
-
-def start_from(classifier, path):
-    """Load weights to fine-tune from; a head that is new starts near zero, so that the first steps keep the encoder."""
-    if "head.weight" in m.load_pretrained(classifier, path)["not found"]:
-        torch.nn.init.trunc_normal_(classifier.head.weight, std=2e-5)
 
 
 def train(args, recipe):
@@ -203,13 +185,13 @@ def train(args, recipe):
     if checkpoint:
         classifier.load_state_dict(checkpoint["model"])
     elif args.init:
-        start_from(classifier, args.init)
+        m.start_from(classifier, args.init)
     else:
         say("no --init: training from scratch")
     classifier.to(device)
     groups = m.parameter_groups(classifier, args.weight_decay, args.layer_decay)
     momentum = recipe.get("optimizer momentum")
-    momentum = {"betas": momentum} if momentum else {"momentum": SGD_MOMENTUM}
+    momentum = {"betas": momentum} if momentum else {"momentum": m.SGD_MOMENTUM}
     optimizer = recipe["optimizer"](groups, lr=args.lr, fused=device.type in ("cuda", "cpu"), **momentum)
     start = 0
     if checkpoint:

@@ -54,6 +54,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, epilog="data:\n" + data.LAYOUTS)
     m.add_arguments(parser)
     data.add_arguments(parser)
+    data.add_sampling_arguments(parser)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--mask_ratio", type=float, default=0.9, help="share of tokens that are hidden, in [0, 1)")
     add("--masking", choices=m.MASKINGS, default="agnostic", help="which tokens are hidden together (Figure 4)")

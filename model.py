@@ -6,6 +6,7 @@ Read from top to bottom:
     the encoder             a plain ViT, on the visible tokens alone                                  (section 3.2)
     MAE                     encoder, small decoder, loss on the hidden tokens                         (section 3.2, 3.3)
     Classifier              the same encoder, all tokens, averaged                                    (appendix A)
+    Detector                the same encoder, a region head on each person's box                      (appendix A, AVA)
     weights                 loading from any layout, optimizer groups, schedule                       (Tables 5 and 6)
     runs                    processes, batches, checkpoints: what keeps the weights of a run safe
 
@@ -18,6 +19,7 @@ import functools
 import json
 import math
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -28,7 +30,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-from torchvision.ops import StochasticDepth
+from torchvision.ops import StochasticDepth, roi_align
 from tqdm import tqdm
 
 # ViT-B, L and H of the paper, and one for a laptop. All of the paper's use tubelets of 2 x 16 x 16 pixels. vit_demo's
@@ -149,18 +151,55 @@ class TubeletEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention."""
+    """Multi-head self-attention, with relative positions where the grid (t, h, w) of the tokens is given (Table 8).
 
-    def __init__(self, dim, num_heads):
+    They are those of MViTv2 (arXiv:2112.01526, equation 4), shared by the heads: q . (R_t + R_h + R_w) is added to the
+    logits of q and k, R by how far the two are apart in time, row and column; the class token has none.
+    """
+
+    def __init__(self, dim, num_heads, rel_pos_grid=None):
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.rel_pos = num_heads, rel_pos_grid is not None
         self.q, self.k, self.v = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.proj = nn.Linear(dim, dim)
+        for name, n in zip("thw", rel_pos_grid or ()):
+            self.register_parameter(f"rel_pos_{name}", nn.Parameter(torch.zeros(2 * n - 1, dim // num_heads)))
 
-    def forward(self, x):
+    def forward(self, x, grid=None):
         q, k, v = (f(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
-        x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, D / heads)
+        scale, width = q.shape[-1] ** -0.5, v.shape[-1]
+        if self.rel_pos:
+            q, k, v = self.extend(q * scale, k, v, self.relative_logits(q[:, :, 1:], grid), grid)
+            scale = 1.0
+        x = F.scaled_dot_product_attention(q, k, v, scale=scale)[..., :width]  # (B, heads, N, D / heads)
         return self.proj(x.transpose(1, 2).flatten(2))
+
+    def relative_logits(self, q, grid):
+        """q . R for each time, row and column a key may have: (B, heads, N, D / heads) -> (B, heads, N, t + h + w)."""
+        logits, q = [], q.unflatten(2, grid)  # (B, heads, t, h, w, D / heads)
+        for name, n, product in zip("thw", grid, ("bnthwc,tkc->bnthwk", "bnthwc,hkc->bnthwk", "bnthwc,wkc->bnthwk")):
+            table = resize_time(getattr(self, f"rel_pos_{name}")[None], 2 * n - 1)[0]
+            place = torch.arange(n, device=q.device)
+            R = table[place[:, None] - place + n - 1]  # (n of q, n of k, D / heads)
+            logits.append(torch.einsum(product, q, R.to(q.dtype)))
+        return torch.cat(logits, -1).flatten(2, 4)
+
+    @staticmethod
+    def extend(q, k, v, logits, grid):
+        """Make the dot product add the logits: they lengthen q, and where each key is, as 0s and one 1, lengthens k.
+
+        So no N x N bias is ever held, and SDPA may take a flash kernel. Those want q, k and v equally wide, and a
+        multiple of 8: zeros fill up.
+        """
+        t, h, w = grid
+        place = torch.arange(t * h * w, device=k.device)
+        place = (place // (h * w), place // w % h, place % w)
+        one_hot = torch.cat([F.one_hot(at, n) for at, n in zip(place, grid)], -1).to(k.dtype)  # (N, t + h + w)
+        one_hot = one_hot.expand(*k.shape[:2], -1, -1)
+        fill = -(k.shape[-1] + t + h + w) % 8
+        q = torch.cat([q, F.pad(logits, (0, 0, 1, 0))], -1)  # the class token, which comes first, has none
+        k = torch.cat([k, F.pad(one_hot, (0, 0, 1, 0))], -1)
+        return F.pad(q, (0, fill)), F.pad(k, (0, fill)), F.pad(v, (0, t + h + w + fill))
 
 
 class Mlp(nn.Module):
@@ -177,14 +216,14 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer block; in training, drop_path is the chance that a sample skips a branch."""
 
-    def __init__(self, dim, num_heads, drop_path=0.0):
+    def __init__(self, dim, num_heads, drop_path=0.0, rel_pos_grid=None):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attn, self.mlp = Attention(dim, num_heads), Mlp(dim)
+        self.attn, self.mlp = Attention(dim, num_heads, rel_pos_grid), Mlp(dim)
         self.drop_path = StochasticDepth(drop_path, mode="row")
 
-    def forward(self, x):
-        x = x + self.drop_path(self.attn(self.norm1(x)))
+    def forward(self, x, grid=None):
+        x = x + self.drop_path(self.attn(self.norm1(x), grid))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
@@ -203,7 +242,7 @@ def resize_space(table, old, new):
 
 
 def resize_time(table, new):
-    """Resize a table of positions in time: (1, t, D) -> (1, new, D), linear."""
+    """Resize a table of positions along one direction: (1, n, D) -> (1, new, D), linear."""
     return table if table.shape[1] == new else F.interpolate(table.float().mT, size=new, mode="linear").mT
 
 
@@ -211,7 +250,8 @@ class VideoViT(nn.Module):
     """The encoder: a plain ViT over the tubelets it is given, with separable learned positions and a class token."""
 
     def __init__(self, img_size=224, patch_size=16, num_frames=16, t_patch_size=2, embed_dim=1024, depth=24,
-                 num_heads=16, drop_path=0.0, sine_positions=False, checkpoint_activations=False):  # fmt: skip
+                 num_heads=16, drop_path=0.0, rel_pos=False, sine_positions=False,
+                 checkpoint_activations=False):  # fmt: skip
         super().__init__()
         self.patch_size, self.t_patch_size, self.sine_positions = patch_size, t_patch_size, sine_positions
         self.checkpoint_activations = checkpoint_activations  # keep less, compute blocks again going backward
@@ -220,7 +260,8 @@ class VideoViT(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.add_positions("", embed_dim)
         rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]  # stochastic depth rises linearly with depth
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, rate) for rate in rates)
+        rel_pos_grid = self.grid if rel_pos else None
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, rate, rel_pos_grid) for rate in rates)
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
 
     def add_positions(self, prefix, dim):
@@ -267,7 +308,10 @@ class VideoViT(nn.Module):
         x = self.patch_embed(normalize(tubelets)) + at  # (B, V, D)
         x = torch.cat([(self.cls_token + position[:, :1]).expand(len(x), -1, -1), x], 1)  # (B, 1 + V, D)
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.checkpoint_activations and self.training else block(x)
+            if self.checkpoint_activations and self.training:
+                x = checkpoint(block, x, grid, use_reentrant=False)
+            else:
+                x = block(x, grid)
         return x
 
 
@@ -368,6 +412,40 @@ class Classifier(VideoViT):
         return self.head(self.dropout(self.norm(x[:, 1:].mean(1))))
 
 
+# ------------------------------------------------------------------------------------------------------- detector
+
+
+class Detector(VideoViT):
+    """The encoder fine-tuned to say what each person does: a region head on the last features (appendix A, AVA).
+
+    Average the tokens over time, RoIAlign 7 x 7 on a person's box, maximum over space, dropout, linear: as SlowFast and
+    MViTv2 adapt Faster R-CNN. One logit a class, each for its own sigmoid: a person does several things at once.
+    """
+
+    def __init__(self, num_classes=80, dropout=0.0, **encoder):
+        super().__init__(**encoder)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(self.norm.normalized_shape[0], num_classes)
+        self.init_weights()
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+
+    def forward(self, video, boxes):
+        """video (B, 3, T, H, W), uint8 or normalised floats, and boxes -> logits (K, num_classes), in their order.
+
+        boxes, in pixels of the clip as x1, y1, x2, y2: a list of B tensors (K_i, 4), or one (K, 5) with the clip's
+        number first. Any H and W: positions are resized. Boxes may reach beyond the clip.
+        """
+        tubelets, grid = patchify(video, self.patch_size, self.t_patch_size), self.grid_of(video)
+        x = self.norm(self.encode(tubelets, grid)[:, 1:])  # (B, N, D)
+        features = x.unflatten(1, grid).mean(1).permute(0, 3, 1, 2)  # (B, D, h, w)
+        return self.classify(features, boxes)
+
+    def classify(self, features, boxes):
+        """The region head: features (B, D, h, w), boxes as in forward -> logits (K, num_classes)."""
+        regions = roi_align(features, boxes, output_size=7, spatial_scale=1 / self.patch_size, aligned=True)
+        return self.head(self.dropout(regions.amax((2, 3))))  # (K, D, 7, 7) -> (K, D)
+
+
 # -------------------------------------------------------------------------------------------------------- weights
 
 
@@ -414,8 +492,9 @@ def to_official_names(state, model):
 def load_pretrained(model, path):
     """Load the weights in `path` into `model`, from every layout named in to_official_names; what is loaded is printed.
 
-    Positions are resized where sizes differ. Tensors outside the encoder (decoder, head) may be missing, or be left
-    out where they do not fit. Raises InputError where a tensor of the encoder is missing or does not fit.
+    Positions are resized where sizes differ. Tensors outside the plain encoder (decoder, head, relative positions) may
+    be missing, or be left out where they do not fit. Raises InputError where one of the encoder is missing or does not
+    fit.
     Returns the names as {"loaded": [...], "left out": [...], "not found": [...]}.
     """
     state = read_checkpoint(path)
@@ -433,16 +512,18 @@ def load_pretrained(model, path):
             value = resize_space(value, (side, side), model.grid[1:])
         elif key in own and key.endswith("pos_embed_temporal"):
             value = resize_time(value, model.grid[0])
+        elif key in own and ".rel_pos_" in key:
+            value = resize_time(value[None], len(own[key]))[0]
         if key in own and value.shape == own[key].shape:
             loaded[key] = value
         else:
             left_out.append(key)
             if key in own:
                 misfits.append(f"{key} is {tuple(value.shape)}, the model's {tuple(own[key].shape)}")
-    optional = ("head", "decoder", "mask_token")
-    misfits = [text for text in misfits if not text.startswith(optional)]
+    optional = re.compile(r"head|decoder|mask_token|blocks\.\d+\.attn\.rel_pos").match
+    misfits = [text for text in misfits if not optional(text)]
     not_found = [key for key in own if key not in loaded]
-    missing = [key for key in not_found if not key.startswith(optional) and key not in left_out]
+    missing = [key for key in not_found if not optional(key) and key not in left_out]
     if misfits or missing:
         raise InputError(
             f"{path}: does not fit this model: {len(misfits)} tensors of another shape ({'; '.join(misfits[:2])}), "
@@ -453,6 +534,12 @@ def load_pretrained(model, path):
     groups = {name: sorted({key.split(".")[0] for key in keys}) for name, keys in report.items()}
     print(f"{path}: " + "; ".join(f"{n} {len(report[n])} tensors ({', '.join(g)})" for n, g in groups.items() if g))
     return report
+
+
+def start_from(model, path):
+    """Load weights to fine-tune from; a head that is new starts near zero, so that the first steps keep the encoder."""
+    if "head.weight" in load_pretrained(model, path)["not found"]:
+        nn.init.trunc_normal_(model.head.weight, std=2e-5)
 
 
 def parameter_groups(model, weight_decay, layer_decay=1.0):
@@ -469,7 +556,7 @@ def parameter_groups(model, weight_decay, layer_decay=1.0):
             layer = 0
         elif name.startswith("blocks."):
             layer = int(name.split(".")[1]) + 1
-        decays = parameter.ndim > 1 and "token" not in name and "pos_embed" not in name
+        decays = parameter.ndim > 1 and not any(part in name for part in ("token", "pos_embed", "rel_pos"))
         key = layer_decay ** (depth + 1 - layer), weight_decay if decays else 0.0
         group = groups.setdefault(key, dict(params=[], names=[], lr_scale=key[0], weight_decay=key[1]))
         group["params"].append(parameter)
@@ -486,10 +573,13 @@ def cosine_decay(epoch, lr, warmup_epochs, epochs):
 
 # ----------------------------------------------------------------------------------------------------------- runs
 
+SGD_MOMENTUM = 0.9  # the tables say SGD, and no more
+
 # Arguments that may change when a run is taken up again: they say where and how fast it goes, not what it computes.
 MAY_CHANGE = {"resume", "output_dir", "data", "videos", "init", "num_workers", "micro_batch", "max_failures",
               "log_every", "save_minutes", "device", "compile", "checkpoint_activations", "views", "save_scores",
-              "visualize", "eval", "predict"}  # fmt: skip
+              "visualize", "eval", "predict", "score", "boxes", "ground_truth", "excluded", "action_list",
+              "test_crop", "capacity", "video_start"}  # fmt: skip
 
 
 def add_arguments(parser):
@@ -514,11 +604,26 @@ def add_arguments(parser):
     add("--compile", action=switch, help="torch.compile the model; default: on a GPU")
 
 
-def first_look(parser, argv):
+def first_look(parser, argv, default="kinetics400"):
     """(dataset, model) of a command line: the recipe, and so every other default, depends on them."""
     args, _ = parser.parse_known_args([arg for arg in argv if arg not in ("-h", "--help")])
-    dataset = args.dataset or (Path(args.data).resolve().stem if args.data else "kinetics400")
+    dataset = args.dataset or (Path(args.data).resolve().stem if args.data else default)
     return dataset, args.model or ("vit_demo" if dataset == "demo" else "vit_l")
+
+
+def column(name, table, size, lr=None):
+    """One model's column of a recipe: {row: value}. What a table does not give for it is ViT-L's, but for the rate.
+
+    Raises InputError where it gives no learning rate, and `lr` is None, too. name: of the recipe, for the message.
+    """
+    recipe = {}
+    for row, value in table.items():
+        if isinstance(value, dict) and row != "augmentation":
+            if size not in value and row == "learning rate" and lr is None:
+                raise InputError(f"{name} has no learning rate for {size}; give one with --lr")
+            value = value.get(size, value["vit_l"])
+        recipe[row] = value
+    return recipe
 
 
 def settle(args, recipe, stage):
@@ -599,8 +704,8 @@ def plan(args, videos, world, at_most=None):
     steps = round(args.epochs / args.repeats * len(videos) / args.batch_size)
     if steps < 1:
         raise InputError(
-            f"{videos.source}: {args.epochs:g} epochs of {len(videos)} videos, {args.repeats} clips at a time, are "
-            f"less than one step of {args.batch_size} videos; take a smaller --batch_size or more --epochs"
+            f"{videos.source}: {args.epochs:g} epochs of {len(videos)} {videos.unit}, {args.repeats} clips at a time, "
+            f"are less than one step of {args.batch_size}; take a smaller --batch_size or more --epochs"
         )
     return steps, micro_batch, micro_steps
 
@@ -631,10 +736,10 @@ def announce(args, model, videos, device, world, steps, micro_batch, run):
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     precision = "bf16 autocast" if autocast_of(args, device).keywords["enabled"] else "fp32"
     print(f"{args.model}: {millions:.1f} M parameters, {precision} on {world} x {device.type}")
-    passes = args.epochs / args.repeats
-    print(f"{videos.source}: {len(videos)} videos; {args.epochs:g} effective epochs are {passes:g} passes over it")
-    print(f"{steps} steps of {args.batch_size} videos, {args.repeats} clips each; learning rate {args.lr:.3g}")
-    print(f"{world} processes, {micro_batch} videos at once on each", flush=True)
+    unit, passes = videos.unit, args.epochs / args.repeats
+    print(f"{videos.source}: {len(videos)} {unit}; {args.epochs:g} effective epochs are {passes:g} passes over it")
+    print(f"{steps} steps of {args.batch_size} {unit}, {args.repeats} clips each; learning rate {args.lr:.3g}")
+    print(f"{world} processes, {micro_batch} {unit} at once on each", flush=True)
     if run:
         print(f"{out / 'checkpoint.pt'}: going on after step {run['step']}", flush=True)
         if run["videos"] != videos.digest:
@@ -730,7 +835,7 @@ class Log:
                 raise FloatingPointError(
                     f"step {first + i}: loss {loss}, gradient norm {norm} ({self.pending[i][2]}); the checkpoint in "
                     f"{self.args.output_dir} is from before. The videos of that step:\n"
-                    + "\n".join(self.videos.path(index) for index in indices)
+                    + "\n".join(self.videos.name(index) for index in indices)
                 )
         seconds, clips = now - self.tick, len(values) * self.args.batch_size * self.args.repeats
         line = dict(step=self.done, epoch=self.epoch(self.done), loss=sum(losses) / len(losses)) | settings

@@ -48,7 +48,7 @@ def test_the_recipes_are_tables_5b_and_6b():
         ("layer-wise decay", 0.65, 0.75, 0.8),
     ]
     for i, size in enumerate(("vit_b", "vit_l", "vit_h"), 1):
-        assert list(finetune_cls.column("kinetics", size, None).items()) == [(row[0], row[i]) for row in table_5b]
+        assert list(m.column("", finetune_cls.KINETICS, size).items()) == [(row[0], row[i]) for row in table_5b]
     table_6b = [
         ("optimizer", sgd, sgd),
         ("weight decay", 1e-4, 1e-4),
@@ -66,7 +66,7 @@ def test_the_recipes_are_tables_5b_and_6b():
         ("layer-wise decay", 0.75, 0.85),
     ]
     for i, size in enumerate(("vit_l", "vit_h"), 1):
-        assert list(finetune_cls.column("ssv2", size, None).items()) == [(row[0], row[i]) for row in table_6b]
+        assert list(m.column("", finetune_cls.SSV2, size).items()) == [(row[0], row[i]) for row in table_6b]
 
 
 def parse(line):
@@ -168,11 +168,11 @@ def test_another_class_count_drops_the_head_and_says_so(tmp_path, capsys):
     torch.save({"model": state}, tmp_path / "k600.pth")
     config = {k: v for k, v in GOLDEN["vit"]["config"].items() if k not in ("seed", "num_classes")}
     other = m.Classifier(7, **config)
-    finetune_cls.start_from(other, tmp_path / "k600.pth")
+    m.start_from(other, tmp_path / "k600.pth")
     assert 1e-5 < other.head.weight.std() < 3e-5
     out = capsys.readouterr().out
     assert "left out 2 tensors (head)" in out and "not found 2 tensors (head)" in out
-    finetune_cls.start_from(classifier, tmp_path / "k600.pth")
+    m.start_from(classifier, tmp_path / "k600.pth")
     assert torch.equal(classifier.head.weight, state["head.weight"])  # the same classes keep their head
 
 
