@@ -831,8 +831,7 @@ class Keyframes:
                     f"has no second {second:g}: it holds {start:g} to {start + video.duration:g}; --video_start says "
                     "with which second of the movie the files begin: 900 for cuts of 15 minutes"
                 )
-            times = at + (np.arange(num_frames) - num_frames // 2) * sampling_rate / FPS
-            return video.frames(times.clip(0, video.duration))
+            return video.frames(at + (np.arange(num_frames) - num_frames // 2) * sampling_rate / FPS)
 
 
 def cut_boxes(boxes, frame, crop, size, flip=False):

@@ -44,8 +44,11 @@ AVA = {  # Table 6a: AVA fine-tuning
     "dropout": 0.5,
     "layer-wise decay": {"vit_l": 0.75, "vit_h": 0.85},
 }
-DEMO = AVA | {  # vit_demo, minutes on two CPU cores
-    "learning rate": 1.0,
+DEMO = AVA | {  # vit_demo, minutes on two CPU cores: too few steps for SGD
+    "optimizer": torch.optim.AdamW,
+    "optimizer momentum": (0.9, 0.999),
+    "weight decay": 0.05,
+    "learning rate": 1e-3,
     "warmup epochs": 1,
     "epochs": 20,
     "batch size": 8,
@@ -205,8 +208,7 @@ def train(args, recipe):
     else:
         say("no --init: training from scratch")
     detector.to(device)
-    groups, fused = m.parameter_groups(detector, args.weight_decay, args.layer_decay), device.type in ("cuda", "cpu")
-    optimizer = recipe["optimizer"](groups, lr=args.lr, momentum=m.SGD_MOMENTUM, fused=fused)
+    optimizer = m.make_optimizer(recipe, detector, args, args.layer_decay)
     start = 0
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])

@@ -189,10 +189,7 @@ def train(args, recipe):
     else:
         say("no --init: training from scratch")
     classifier.to(device)
-    groups = m.parameter_groups(classifier, args.weight_decay, args.layer_decay)
-    momentum = recipe.get("optimizer momentum")
-    momentum = {"betas": momentum} if momentum else {"momentum": m.SGD_MOMENTUM}
-    optimizer = recipe["optimizer"](groups, lr=args.lr, fused=device.type in ("cuda", "cpu"), **momentum)
+    optimizer = m.make_optimizer(recipe, classifier, args, args.layer_decay)
     start = 0
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])

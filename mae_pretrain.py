@@ -125,8 +125,7 @@ def train(args, recipe):
     elif args.init:
         m.load_pretrained(mae, args.init)
     mae.to(device)
-    groups, fused = m.parameter_groups(mae, args.weight_decay), device.type in ("cuda", "cpu")
-    optimizer = recipe["optimizer"](groups, lr=args.lr, betas=recipe["optimizer momentum"], fused=fused)
+    optimizer = m.make_optimizer(recipe, mae, args)
     start = 0
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])

@@ -41,6 +41,7 @@ SIZES = {
     "vit_h": dict(embed_dim=1280, depth=32, num_heads=16),
     "vit_demo": dict(img_size=48, patch_size=8, embed_dim=128, depth=4, num_heads=2, sine_positions=True),
 }
+SGD_MOMENTUM = 0.9  # Tables 6a and 6b say SGD, and no more
 PIXEL_MEAN, PIXEL_STD = 0.45, 0.225  # of each channel, for pixels in 0..1
 MASKINGS = ("agnostic", "space-only", "time-only", "block-wise")  # Figure 4
 
@@ -564,6 +565,14 @@ def parameter_groups(model, weight_decay, layer_decay=1.0):
     return list(groups.values())
 
 
+def make_optimizer(recipe, model, args, layer_decay=1.0):
+    """The optimizer of a recipe, over parameter_groups, at the learning rate and weight decay that args say."""
+    groups, momentum = parameter_groups(model, args.weight_decay, layer_decay), recipe.get("optimizer momentum")
+    momentum = {"betas": momentum} if momentum else {"momentum": SGD_MOMENTUM}
+    fused = next(model.parameters()).device.type in ("cuda", "cpu")
+    return recipe["optimizer"](groups, lr=args.lr, fused=fused, **momentum)
+
+
 def cosine_decay(epoch, lr, warmup_epochs, epochs):
     """Linear warm-up, then half a cosine to 0; epochs are effective and may be fractions (Tables 5 and 6)."""
     if epoch < warmup_epochs:
@@ -572,8 +581,6 @@ def cosine_decay(epoch, lr, warmup_epochs, epochs):
 
 
 # ----------------------------------------------------------------------------------------------------------- runs
-
-SGD_MOMENTUM = 0.9  # the tables say SGD, and no more
 
 # Arguments that may change when a run is taken up again: they say where and how fast it goes, not what it computes.
 MAY_CHANGE = {"resume", "output_dir", "data", "videos", "init", "num_workers", "micro_batch", "max_failures",
