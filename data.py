@@ -23,6 +23,8 @@ import json
 import math
 import os
 import re
+import signal
+import time
 from fractions import Fraction
 from multiprocessing import Pool
 from pathlib import Path
@@ -38,6 +40,8 @@ from tqdm import tqdm
 
 from model import PIXEL_MEAN, InputError, bar_interval, gather
 
+DECODE_LIMIT = 60.0  # seconds that the decoding of one video may take
+LARGEST = 2**26  # pixels of a frame: a damaged header may promise any number, and the memory is taken
 FPS = 30  # what sampling rates count in: a clip of 16 frames, every 4th of 30 a second, spans 64 / 30 s
 READ_THROUGH = 10.0  # seconds between wanted frames above which a new seek is cheaper than reading on
 ATTEMPTS = 20  # videos tried in place of one that fails, before the sample is given up
@@ -283,7 +287,7 @@ class Video:
     """
 
     def __init__(self, path):
-        self.path = path
+        self.path, self.deadline = path, time.monotonic() + DECODE_LIMIT
         self.open()
         self.start = self.stream.start_time or 0
         self.second = 1 / self.stream.time_base  # in units of time stamps
@@ -299,7 +303,7 @@ class Video:
 
     def open(self):
         try:
-            self.container = av.open(str(self.path), metadata_errors="ignore")
+            self.container = av.open(str(self.path), metadata_errors="ignore", timeout=DECODE_LIMIT)
         except (av.error.FFmpegError, OSError, ValueError) as error:
             raise VideoError(f"cannot be opened: {getattr(error, 'strerror', None) or error}") from None
         if not self.container.streams.video:
@@ -310,6 +314,9 @@ class Video:
         if self.codec is None:
             self.container.close()
             raise VideoError("is in a format that cannot be decoded")
+        if self.codec.width * self.codec.height > LARGEST:
+            self.container.close()
+            raise VideoError(f"has frames of {self.codec.width} x {self.codec.height} pixels")
         self.codec.thread_count = 1  # the workers are the threads
         self.used = False  # nothing has been read yet
 
@@ -318,6 +325,10 @@ class Video:
 
     def __exit__(self, *_):
         self.container.close()
+
+    def in_time(self):
+        if time.monotonic() > self.deadline:
+            raise VideoError(f"takes more than {DECODE_LIMIT:g} s to decode")
 
     def packets(self, first, last):
         """The packets needed for the frames at time stamps first to last, from a key frame on, in decoding order."""
@@ -335,6 +346,7 @@ class Video:
             found, after = [], math.inf
             try:
                 for packet in self.container.demux(self.stream):
+                    self.in_time()
                     if packet.pts is None or not packet.size:
                         continue
                     found.append(packet)
@@ -389,6 +401,7 @@ class Video:
         for packet, need, end in zip(packets, needed, ends):
             if not need:
                 continue
+            self.in_time()
             if self.codec.name in ("h264", "hevc"):  # these can leave out frames that are not wanted nor referred to
                 self.codec.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
             for part in (packet, None) if end else (packet,):  # None: let out what the decoder still holds
@@ -987,7 +1000,22 @@ def make_loader(dataset, stream, num_workers, device):
         collate_fn=collate,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if num_workers else None,
+        worker_init_fn=outlast_signals,
     )
+
+
+def outlast_signals(_):
+    """Ctrl-C and SIGTERM often reach all processes of a run at once: its workers go on until it has saved and ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))  # the second one ends them
+
+
+def each(loader):
+    """Iterate over a DataLoader; an InputError in a worker is raised as the one line it is."""
+    try:
+        yield from loader
+    except InputError as error:  # it comes with a traceback, the reason in the last line
+        raise InputError(str(error).strip().splitlines()[-1].removeprefix("data.VideoError: ")) from None
 
 
 class Failures:

@@ -219,7 +219,7 @@ def train(args, recipe):
 
     clips = data.KeyframeClips(keyframes, args)
     stream = data.Stream(len(keyframes), args.batch_size, micro_batch, rank, world, args.seed, start, steps)
-    batches = iter(data.make_loader(clips, stream, args.num_workers, device))
+    batches = data.each(data.make_loader(clips, stream, args.num_workers, device))
     failures = data.Failures(out / "failures.log", keyframes, args.max_failures, start > 0)
     log = m.Log(args, start, steps, keyframes, failures)
 
@@ -250,19 +250,15 @@ def train(args, recipe):
         optimizer.step()
         optimizer.zero_grad()
 
-        if log.step(loss, norm, lr=lr) and rank == 0:
-            m.save_checkpoint(
-                out / "checkpoint.pt",
+        if log.step(loss, norm, lr=lr):
+            log.save(
                 model=detector.state_dict(),
                 optimizer=optimizer.state_dict(),
-                step=step + 1,
                 stage="finetune_ava",
                 config=config,
-                args=vars(args),
-                videos=keyframes.digest,
                 actions=actions,
             )
-    log.bar.close()
+    log.close()
     if failures.known:
         say(f"{len(failures.known)} of {len(keyframes)} keyframes could not be used; {failures.log} says which and why")
     test(detector, held_out, actions, args, device, rank, world)
@@ -379,7 +375,7 @@ def detect(detector, keyframes, args, device, rank, world):
     views = data.KeyframeViews(keyframes, args, detector.patch_size)
     loader = torch.utils.data.DataLoader(views, sampler=mine, batch_size=None, num_workers=workers)
     scores, failures = {}, []
-    for sample in tqdm(loader, "test", len(mine), disable=rank > 0, mininterval=m.bar_interval()):
+    for sample in tqdm(data.each(loader), "test", len(mine), disable=rank > 0, mininterval=m.bar_interval()):
         if "failure" in sample:
             failures.append((sample["index"], sample["failure"]))
         else:
@@ -520,24 +516,18 @@ def draw(keyframes, scores, actions, args, out):
 
 
 def main():
-    try:
-        args, recipe = parse_args()
-        if args.score:
-            if not args.ground_truth or not args.action_list:
-                raise m.InputError("--score needs --ground_truth CSV and --action_list PBTXT")
-            score(args.score, args.ground_truth, data.read_action_list(args.action_list), args.excluded, args.capacity)
-        elif args.predict:
-            predict(args)
-        elif args.eval:
-            evaluate(args)
-        else:
-            train(args, recipe)
-    except (m.InputError, FloatingPointError) as error:
-        sys.exit(f"finetune_ava.py: error: {error}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    args, recipe = parse_args()
+    if args.score:
+        if not args.ground_truth or not args.action_list:
+            raise m.InputError("--score needs --ground_truth CSV and --action_list PBTXT")
+        score(args.score, args.ground_truth, data.read_action_list(args.action_list), args.excluded, args.capacity)
+    elif args.predict:
+        predict(args)
+    elif args.eval:
+        evaluate(args)
+    else:
+        train(args, recipe)
 
 
 if __name__ == "__main__":
-    main()
+    m.run_stage(main)

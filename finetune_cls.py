@@ -203,7 +203,7 @@ def train(args, recipe):
     rand_augment = args.rand_augment if args.rand_augment[0] else None
     clips = data.Clips(videos, args, noise_of, rand_augment, args.erasing)
     stream = data.Stream(len(videos), args.batch_size, micro_batch, rank, world, args.seed, start, steps)
-    batches = iter(data.make_loader(clips, stream, args.num_workers, device))
+    batches = data.each(data.make_loader(clips, stream, args.num_workers, device))
     failures = data.Failures(out / "failures.log", videos, args.max_failures, start > 0)
     mixing = [
         mix(alpha=alpha, num_classes=count)
@@ -237,19 +237,15 @@ def train(args, recipe):
         optimizer.step()
         optimizer.zero_grad()
 
-        if log.step(loss, norm, lr=lr, mask_ratio=mask_ratio) and rank == 0:
-            m.save_checkpoint(
-                out / "checkpoint.pt",
+        if log.step(loss, norm, lr=lr, mask_ratio=mask_ratio):
+            log.save(
                 model=classifier.state_dict(),
                 optimizer=optimizer.state_dict(),
-                step=step + 1,
                 stage="finetune_cls",
                 config=config,
-                args=vars(args),
-                videos=videos.digest,
                 class_names=classes,
             )
-    log.bar.close()
+    log.close()
     if failures.known:
         say(f"{len(failures.known)} of {len(videos)} videos could not be used; {failures.log} says which and why")
     test(classifier, held_out, args, device, rank, world, classes)
@@ -296,7 +292,7 @@ def test(classifier, videos, args, device, rank, world, classes):
         num_workers=data.default_workers() if args.num_workers is None else args.num_workers,
     )
     scores, failures = {}, []
-    for sample in tqdm(loader, "test", len(mine), disable=rank > 0, mininterval=m.bar_interval()):
+    for sample in tqdm(data.each(loader), "test", len(mine), disable=rank > 0, mininterval=m.bar_interval()):
         index = sample["index"].item()
         if "failure" in sample:
             failures.append((index, sample["failure"]))
@@ -395,20 +391,14 @@ def predict(args):
 
 
 def main():
-    try:
-        args, recipe = parse_args()
-        if args.predict:
-            predict(args)
-        elif args.eval:
-            evaluate(args)
-        else:
-            train(args, recipe)
-    except (m.InputError, FloatingPointError) as error:
-        sys.exit(f"finetune_cls.py: error: {error}")
-    finally:
-        if m.dist.is_initialized():
-            m.dist.destroy_process_group()
+    args, recipe = parse_args()
+    if args.predict:
+        predict(args)
+    elif args.eval:
+        evaluate(args)
+    else:
+        train(args, recipe)
 
 
 if __name__ == "__main__":
-    main()
+    m.run_stage(main)

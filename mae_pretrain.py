@@ -138,7 +138,7 @@ def train(args, recipe):
     noise_of = functools.partial(m.masking_noise, mae.grid, args.mask_ratio, args.masking)
     clips = data.Clips(videos, args, noise_of)
     stream = data.Stream(len(videos), args.batch_size, micro_batch, rank, world, args.seed, start, steps)
-    batches = iter(data.make_loader(clips, stream, args.num_workers, device))
+    batches = data.each(data.make_loader(clips, stream, args.num_workers, device))
     failures = data.Failures(out / "failures.log", videos, args.max_failures, start > 0)
     log = m.Log(args, start, steps, videos, failures)
 
@@ -161,18 +161,14 @@ def train(args, recipe):
         optimizer.step()
         optimizer.zero_grad()
 
-        if log.step(loss, norm, lr=lr) and rank == 0:
-            m.save_checkpoint(
-                out / "checkpoint.pt",
+        if log.step(loss, norm, lr=lr):
+            log.save(
                 model=mae.state_dict(),
                 optimizer=optimizer.state_dict(),
-                step=step + 1,
                 stage="mae_pretrain",
                 config=config,
-                args=vars(args),
-                videos=videos.digest,
             )
-    log.bar.close()
+    log.close()
 
     if rank == 0:
         held_out = videos if Path(args.data).is_file() else data.find_videos(args.data, "val", args.videos)
@@ -256,26 +252,18 @@ def visualize(mae, paths, out, args, device):
 
 def main():
     args, recipe = parse_args()
-    try:
-        if not args.visualize:
-            return train(args, recipe)
-        if not args.init:
-            raise m.InputError("--visualize needs --init CHECKPOINT: the model to show")
-        device, _, _ = m.start_process(args.device)
-        checkpoint = m.read_checkpoint(args.init)
-        mae = m.MAE(**checkpoint["config"]) if checkpoint.get("stage") == "mae_pretrain" else build(args)[0]
-        missing = m.load_pretrained(mae, args.init)["not found"]
-        if missing:
-            raise m.InputError(
-                f"{args.init}: no decoder in it ({missing[0]} is missing); give a pre-training checkpoint"
-            )
-        visualize(mae.to(device), args.visualize, Path(args.output_dir) / "visualize", args, device)
-    except (m.InputError, FloatingPointError) as error:
-        sys.exit(f"mae_pretrain.py: error: {error}")
-    finally:
-        if m.dist.is_initialized():
-            m.dist.destroy_process_group()
+    if not args.visualize:
+        return train(args, recipe)
+    if not args.init:
+        raise m.InputError("--visualize needs --init CHECKPOINT: the model to show")
+    device, _, _ = m.start_process(args.device)
+    checkpoint = m.read_checkpoint(args.init)
+    mae = m.MAE(**checkpoint["config"]) if checkpoint.get("stage") == "mae_pretrain" else build(args)[0]
+    missing = m.load_pretrained(mae, args.init)["not found"]
+    if missing:
+        raise m.InputError(f"{args.init}: no decoder in it ({missing[0]} is missing); give a pre-training checkpoint")
+    visualize(mae.to(device), args.visualize, Path(args.output_dir) / "visualize", args, device)
 
 
 if __name__ == "__main__":
-    main()
+    m.run_stage(main)

@@ -20,8 +20,11 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import time
+import zipfile
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -456,6 +459,8 @@ def read_checkpoint(path):
     Raises InputError, naming the file, where it is missing, damaged or no checkpoint.
     """
     try:
+        if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):  # torch.load checks no sums
+            raise ValueError(f"{damaged} in it is damaged")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
@@ -587,6 +592,35 @@ MAY_CHANGE = {"resume", "output_dir", "data", "videos", "init", "num_workers", "
               "log_every", "save_minutes", "device", "compile", "checkpoint_activations", "views", "save_scores",
               "visualize", "eval", "predict", "score", "boxes", "ground_truth", "excluded", "action_list",
               "test_crop", "capacity", "video_start"}  # fmt: skip
+TIMEOUT = timedelta(minutes=10)  # that a process waits for the others, before it gives up
+CHECKPOINTS = "checkpoint.pt", "checkpoint_previous.pt"  # a run keeps two: one may be damaged on the disk
+
+
+class Stopped(Exception):
+    """A run was asked to stop, and has saved what it did."""
+
+
+def run_stage(main):
+    """Run a stage's main function. Whatever ends it on purpose, or is the user's to mend, is said in one line."""
+    name = Path(sys.argv[0]).name
+    try:
+        main()
+    except Stopped as stop:
+        print(f"{name}: {stop}", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
+    except (InputError, FloatingPointError) as error:
+        sys.exit(f"{name}: error: {error}")
+    except OSError as error:
+        sys.exit(f"{name}: error: {error.filename or ''}: {error.strerror or error}")
+    except RuntimeError as error:
+        reason = str(error).split("\n")[0]
+        if reason.startswith("DataLoader worker"):  # may be raised anywhere: by a signal handler
+            sys.exit(f"{name}: error: {reason} If memory ran out, take fewer --num_workers; the same command goes on")
+        if dist.is_initialized() and re.search("[Cc]onnection|[Tt]imed out|Broken pipe|NCCL|gloo", reason):
+            sys.exit(f"{name}: error: another process has ended or does not answer; see what it says ({reason})")
+        raise
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def add_arguments(parser):
@@ -652,7 +686,7 @@ def start_process(device=None):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32, where autocast does not apply
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     return device, int(os.environ.get("RANK", 0)), world
 
 
@@ -695,14 +729,30 @@ def split_batch(batch_size, world, micro_batch=None, at_most=None):
     return micro_batch, share // micro_batch
 
 
-def save_checkpoint(path, **content):
-    """Write a checkpoint to a temporary file beside `path`, then rename: a kill leaves the old file or the new one."""
-    temporary = Path(f"{path}.tmp")
-    with open(temporary, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def save_checkpoint(folder, **content):
+    """Write a run's checkpoint.pt, and keep the one before as checkpoint_previous.pt.
+
+    It is written to a temporary file first, then renamed: a kill at any moment leaves a whole one. Raises InputError
+    where it cannot be written, as on a full disk, naming the last one that is there.
+    """
+    path, previous = (Path(folder) / name for name in CHECKPOINTS)
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        while error.__context__:  # torch.save hides the first error behind its own
+            error = error.__context__
+        if not isinstance(error, OSError):
+            raise error from None
+        last = next((str(old) for old in (path, previous) if old.exists()), "none")
+        raise InputError(f"{path}: cannot be written: {error}. The last good checkpoint: {last}") from None
 
 
 def plan(args, videos, world, at_most=None):
@@ -748,9 +798,22 @@ def announce(args, model, videos, device, world, steps, micro_batch, run):
     print(f"{steps} steps of {args.batch_size} {unit}, {args.repeats} clips each; learning rate {args.lr:.3g}")
     print(f"{world} processes, {micro_batch} {unit} at once on each", flush=True)
     if run:
-        print(f"{out / 'checkpoint.pt'}: going on after step {run['step']}", flush=True)
+        print(f"{out}: going on after step {run['step']}", flush=True)
         if run["videos"] != videos.digest:
             print(f"warning: the list of videos is another one than before: {run['videos']}, now {videos.digest}")
+
+
+def find_checkpoint(folder):
+    """The last checkpoint of a run that can be read, or None where it has none; says which is damaged."""
+    paths = [path for name in CHECKPOINTS if (path := Path(folder) / name).exists()]
+    for path in paths:
+        try:
+            return read_checkpoint(path)
+        except InputError as error:
+            print(f"warning: {error}", flush=True)
+    if paths:
+        raise InputError(f"{folder}: no checkpoint in it can be read; --no-resume starts anew")
+    return None
 
 
 def find_run(stage, args):
@@ -759,19 +822,19 @@ def find_run(stage, args):
     Raises InputError where the folder holds a run of another stage, or one made with other arguments: it is not
     overwritten unless --no-resume says so.
     """
-    path = Path(args.output_dir) / "checkpoint.pt"
-    if not path.exists() or not args.resume:
+    folder = args.output_dir
+    run = find_checkpoint(folder) if args.resume else None
+    if not run:
         return None
-    run = read_checkpoint(path)
     if run.get("stage") != stage:
-        raise InputError(f"{path}: a checkpoint of {run.get('stage')}; give this run another --output_dir")
+        raise InputError(f"{folder}: a checkpoint of {run.get('stage')}; give this run another --output_dir")
     then, now = run["args"], vars(args)
     names = sorted(name for name in then.keys() | now.keys() if name not in MAY_CHANGE)
     differ = [f"--{name} was {then.get(name)}, is {now.get(name)}" for name in names if then.get(name) != now.get(name)]
     if differ:
         raise InputError(
-            f"{path}: from a run with other arguments ({'; '.join(differ)}). Give them as they were to go on, another "
-            "--output_dir to keep that run, or --no-resume to overwrite it"
+            f"{folder}: from a run with other arguments ({'; '.join(differ)}). Give them as they were to go on, "
+            "another --output_dir to keep that run, or --no-resume to overwrite it"
         )
     return run
 
@@ -781,8 +844,46 @@ def bar_interval():
     return 0.2 if sys.stderr.isatty() else 30.0
 
 
+class Stop:
+    """Whether a run is to stop: asked by SIGTERM, which schedulers send before they take a machine, or by Ctrl-C."""
+
+    def __init__(self):
+        self.asked = self.answer = None
+        self.group = dist.new_group(backend="gloo", timeout=TIMEOUT) if dist.is_initialized() else None
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def close(self):
+        """Leave the signals as they were."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        if self.answer:
+            self.answer[1].wait()
+
+    def ask(self, number, _):
+        if self.asked and number == signal.SIGINT:  # Ctrl-C again: at once
+            raise KeyboardInterrupt
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # workers that are ended, too, are no error any more
+        self.asked = signal.Signals(number).name
+
+    def agreed(self):
+        """Once a step: whether to stop now. All processes give the same answer, on what they were asked a step before.
+
+        They exchange it on the hosts, while the step goes on: no device waits. It also notices a process that ended.
+        """
+        if self.group is None:
+            return bool(self.asked)
+        stop = False
+        if self.answer:
+            flag, work = self.answer
+            work.wait()
+            stop = flag.item() > 0
+        flag = torch.tensor(int(bool(self.asked)))
+        self.answer = flag, dist.all_reduce(flag, dist.ReduceOp.MAX, self.group, async_op=True)
+        return stop
+
+
 class Log:
-    """What the steps of a run give: a progress bar, a line of log.jsonl every few steps, and when to save.
+    """What the steps of a run give: a progress bar, a line of log.jsonl every few steps, and checkpoints.
 
     Losses and norms stay on the device in between: only where a line is written does the host wait for the device,
     and the processes for one another.
@@ -796,6 +897,12 @@ class Log:
         self.tick = self.saved = time.perf_counter()
         self.bar = tqdm(total=steps, initial=start, disable=not self.main, unit="step", mininterval=bar_interval())
         self.path = Path(args.output_dir) / "log.jsonl"
+        self.stop, self.stopping = Stop(), False
+        starts = gather(start)
+        if len(set(starts)) > 1:
+            raise InputError(
+                f"the processes start at steps {starts}: {args.output_dir} must be a folder that all machines share"
+            )
         if self.main:  # lines that a stopped run wrote after its checkpoint are dropped
             lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
             lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
@@ -808,10 +915,7 @@ class Log:
     def next(self, batches):
         """The next batch; takes the time that it keeps the training waiting, and what failed on the way."""
         asked = time.perf_counter()
-        try:
-            batch = next(batches)
-        except InputError as error:  # from a worker it comes with a traceback, the reason in the last line
-            raise InputError(str(error).strip().splitlines()[-1].removeprefix("data.VideoError: ")) from None
+        batch = next(batches)
         self.waited += time.perf_counter() - asked
         self.indices += batch["index"]
         self.failed += batch["failures"]
@@ -820,29 +924,35 @@ class Log:
     def step(self, loss, norm, **settings):
         """Take the loss and the gradient's norm of a step, and settings to log; True if a checkpoint is due.
 
-        Checkpoints are due after a pass over the list, after --save_minutes by the clock of process 0, and at the end.
-        Raises FloatingPointError, naming step and videos, where a loss or norm since the last line is not finite.
+        Checkpoints are due after a pass over the list, after --save_minutes by the clock of process 0, when the run is
+        asked to stop, and at the end. Raises FloatingPointError, naming step and videos, where a loss or norm since the
+        last line is not finite; on all processes, as they know of one another's.
         """
         self.pending.append((loss.detach(), norm.detach(), settings, self.indices))
         self.indices = []
         self.done += 1
         self.bar.update()
-        if self.done % self.args.log_every and self.done < self.steps:
+        self.stopping = self.stop.agreed()
+        if self.done % self.args.log_every and self.done < self.steps and not self.stopping:
             return False
         values = torch.stack([torch.stack([loss, norm]) for loss, norm, *_ in self.pending]).tolist()
         late = time.perf_counter() - self.saved > 60 * self.args.save_minutes
-        reports = gather((values, [indices for *_, indices in self.pending], self.failed, self.waited, late))
+        reports = gather((values, [indices for *_, indices in self.pending], self.failed, self.waited, late, self.done))
+        if any(report[5] != self.done for report in reports):
+            raise InputError(
+                f"the processes are out of step, at {[report[5] for report in reports]}; were they started alike?"
+            )
         now = time.perf_counter()
         self.failures.add([failure for report in reports for failure in report[2]], write=self.main)
         losses = [sum(report[0][i][0] for report in reports) / len(reports) for i in range(len(values))]
         first = self.done - len(self.pending)
         for i, (loss, (_, norm)) in enumerate(zip(losses, values)):
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                indices = [index for r in reports if not math.isfinite(sum(r[0][i])) for index in r[1][i]]
+                blamed = [r for r in reports if not math.isfinite(r[0][i][0])] or reports  # a norm is that of all
                 raise FloatingPointError(
                     f"step {first + i}: loss {loss}, gradient norm {norm} ({self.pending[i][2]}); the checkpoint in "
                     f"{self.args.output_dir} is from before. The videos of that step:\n"
-                    + "\n".join(self.videos.name(index) for index in indices)
+                    + "\n".join(self.videos.name(index) for report in blamed for index in report[1][i])
                 )
         seconds, clips = now - self.tick, len(values) * self.args.batch_size * self.args.repeats
         line = dict(step=self.done, epoch=self.epoch(self.done), loss=sum(losses) / len(losses)) | settings
@@ -856,7 +966,28 @@ class Log:
             refresh=False,
         )
         passes = [step * self.args.batch_size // len(self.videos) for step in (first, self.done)]
-        due = reports[0][4] or passes[0] < passes[1] or self.done == self.steps
+        due = reports[0][4] or passes[0] < passes[1] or self.done == self.steps or self.stopping
         self.pending, self.failed, self.waited, self.tick = [], [], 0.0, now
         self.saved = now if due else self.saved
         return due
+
+    def close(self):
+        self.bar.close()
+        self.stop.close()
+
+    def save(self, **content):
+        """Write a checkpoint, by process 0, and stop where that was asked for: raises Stopped, on all processes."""
+        if self.main:
+            save_checkpoint(
+                self.args.output_dir,
+                **content,
+                step=self.done,
+                args=vars(self.args),
+                videos=self.videos.digest,
+            )
+        if self.stopping and self.done < self.steps:
+            gather(None)  # none leaves before the file is there: a launcher ends the rest when one has left
+            raise Stopped(
+                f"asked to stop ({self.stop.asked or 'another process was'}): saved after step {self.done} of "
+                f"{self.steps} in {self.args.output_dir}; the same command goes on from there"
+            )

@@ -651,7 +651,7 @@ def train(line, *more):
 def command(line):
     sys.argv = ["finetune_ava.py", *map(str, line.split())]
     try:
-        finetune_ava.main()
+        m.run_stage(finetune_ava.main)
     except SystemExit as stop:
         return str(stop.code)
     return ""

@@ -527,7 +527,7 @@ def test_a_classifier_starts_the_next_stage(run, labelled, tmp_path, capsys):
 def command(line):
     sys.argv = ["finetune_cls.py", *line.split()]
     try:
-        finetune_cls.main()
+        m.run_stage(finetune_cls.main)
     except SystemExit as stop:
         return str(stop.code)
     return ""

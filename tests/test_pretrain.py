@@ -221,7 +221,7 @@ def command(line):
     """Run the command line in this process; what it prints and the message that it exits with, if it does."""
     sys.argv = ["mae_pretrain.py", *line.split()]
     try:
-        mae_pretrain.main()
+        m.run_stage(mae_pretrain.main)
     except SystemExit as stop:
         return str(stop.code)
     return ""
