@@ -35,7 +35,6 @@ import av.filter
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torchvision.transforms import v2
 from tqdm import tqdm
 
 from model import PIXEL_MEAN, InputError, bar_interval, gather
@@ -478,6 +477,8 @@ class Clips(torch.utils.data.Dataset):
 
         rand_augment: (magnitude of 10, its standard deviation) or None. erasing: the chance of random erasing.
         """
+        from torchvision.transforms import v2  # where it is used: torchvision takes as long to load as torch
+
         self.videos, self.noise_of, self.seed, self.repeats = videos, noise_of, args.seed, args.repeats
         self.num_frames, self.sampling_rate, self.img_size = args.num_frames, args.sampling_rate, args.img_size
         self.segments, self.rand_augment = args.segments, rand_augment
@@ -518,6 +519,8 @@ class Clips(torch.utils.data.Dataset):
         box = [box[name] for name in ("top", "left", "height", "width")]
         clip = self.flip(to_clip(frames, (self.img_size, self.img_size), box).permute(0, 3, 1, 2))  # (T, 3, H, W)
         if self.rand_augment:
+            from torchvision.transforms import v2
+
             magnitude, deviation = self.rand_augment
             level = (magnitude + deviation * torch.randn(()).item()) * 100
             clip = v2.RandAugment(2, min(max(round(level), 0), 1000), num_magnitude_bins=1001)(clip.contiguous())

@@ -22,8 +22,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torchvision import tv_tensors
-from torchvision.transforms import v2
 from tqdm import tqdm
 
 import data
@@ -205,11 +203,7 @@ def train(args, recipe):
     stream = data.Stream(len(videos), args.batch_size, micro_batch, rank, world, args.seed, start, steps)
     batches = data.each(data.make_loader(clips, stream, args.num_workers, device))
     failures = data.Failures(out / "failures.log", videos, args.max_failures, start > 0)
-    mixing = [
-        mix(alpha=alpha, num_classes=count)
-        for mix, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix))
-        if alpha
-    ]
+    mixing = mixing_of(args, count)
     log = m.Log(args, start, steps, videos, failures)
 
     classifier.train()
@@ -258,10 +252,20 @@ def mask_ratio_at(step, steps, start):
     return start * 0.5 * (1 + math.cos(math.pi * step / max(1, steps - 1)))
 
 
+def mixing_of(args, num_classes):
+    """What the batches are mixed by: MixUp and CutMix, each where its alpha is not 0."""
+    from torchvision.transforms import v2  # where it is used: torchvision takes as long to load as torch
+
+    kinds = (v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)
+    return [mix(alpha=alpha, num_classes=num_classes) for mix, alpha in kinds if alpha]
+
+
 def mix_clips(video, label, mixing, num_classes):
     """MixUp or CutMix, one of them at random: (B, 3, T, H, W) floats, (B,) -> mixed clips, targets (B, num_classes)."""
     if not mixing or len(video) == 1:
         return video, F.one_hot(label, num_classes).float()
+    from torchvision import tv_tensors
+
     mix = mixing[torch.randint(len(mixing), ()).item()]
     frames, target = mix(tv_tensors.Video(video.transpose(1, 2)), label)  # torchvision's order: (B, T, 3, H, W)
     return frames.as_subclass(torch.Tensor).transpose(1, 2), target

@@ -33,7 +33,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-from torchvision.ops import StochasticDepth, roi_align
 from tqdm import tqdm
 
 # ViT-B, L and H of the paper, and one for a laptop. All of the paper's use tubelets of 2 x 16 x 16 pixels. vit_demo's
@@ -224,6 +223,8 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
         self.attn, self.mlp = Attention(dim, num_heads, rel_pos_grid), Mlp(dim)
+        from torchvision.ops import StochasticDepth  # where it is used: torchvision takes as long to load as torch
+
         self.drop_path = StochasticDepth(drop_path, mode="row")
 
     def forward(self, x, grid=None):
@@ -446,6 +447,8 @@ class Detector(VideoViT):
 
     def classify(self, features, boxes):
         """The region head: features (B, D, h, w), boxes as in forward -> logits (K, num_classes)."""
+        from torchvision.ops import roi_align
+
         regions = roi_align(features, boxes, output_size=7, spatial_scale=1 / self.patch_size, aligned=True)
         return self.head(self.dropout(regions.amax((2, 3))))  # (K, D, 7, 7) -> (K, D)
 
@@ -615,7 +618,9 @@ def run_stage(main):
     except RuntimeError as error:
         reason = str(error).split("\n")[0]
         if reason.startswith("DataLoader worker"):  # may be raised anywhere: by a signal handler
-            sys.exit(f"{name}: error: {reason} If memory ran out, take fewer --num_workers; the same command goes on")
+            sys.exit(
+                f"{name}: error: {reason.rstrip('. ')}; if memory ran out, take fewer --num_workers; the same command goes on"
+            )
         if dist.is_initialized() and re.search("[Cc]onnection|[Tt]imed out|Broken pipe|NCCL|gloo", reason):
             sys.exit(f"{name}: error: another process has ended or does not answer; see what it says ({reason})")
         raise

@@ -350,6 +350,7 @@ def test_detections_on_frames_without_ground_truth_and_second_ones_are_wrong():
     assert finetune_ava.average_precisions(truth, wide, [1]) == {1: 0.0}
 
 
+@pytest.mark.long
 def test_a_figure_of_avas_size_takes_less_than_a_minute(tmp_path, capsys):
     rng = np.random.RandomState(0)
     boxes, keyframes = 57000, 25000
@@ -751,7 +752,8 @@ def test_each_box_counts_once_whatever_the_processes(run, movies, tmp_path):
     np.testing.assert_allclose(ours.score, theirs.score, atol=2e-6)
     results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("three", "one")]
     assert results[0]["boxes"] == results[1]["boxes"] == len(theirs.score) / 7
-    assert results[0]["unreadable"] == results[1]["unreadable"] == 2  # the damaged movie's keyframes, each once
+    there = len(set(zip(theirs.video.tolist(), theirs.time.tolist())))
+    assert results[0]["unreadable"] == results[1]["unreadable"] == results[0]["keyframes"] - there > 0  # each once
 
 
 def test_processes_and_micro_batches_leave_the_loss_as_it_is(movies, tmp_path):

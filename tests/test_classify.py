@@ -430,7 +430,7 @@ def test_a_run_leaves_checkpoint_log_and_results(run, labelled):
     assert results["top1"] == pytest.approx(top1)
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_each_video_counts_once_whatever_the_processes(processes, run, labelled, tmp_path):
     command = [
         sys.executable,

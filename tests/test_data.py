@@ -433,12 +433,13 @@ def test_default_of_max_failures_fits_short_and_long_lists(videos, limit, tmp_pa
 
 def test_the_demo_is_real_files_in_the_official_layout_made_once(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "DEMO", data.DEMO | dict(train=24, val=12))
-    folder = data.make_demo(tmp_path)
+    data.make_demo("kinetics", tmp_path)
+    folder = tmp_path / "kinetics"
     videos = data.find_videos(folder, need_labels=True)
     assert len(videos) == 24 and len(data.find_videos(folder, "val")) == 12
     assert videos.class_names == sorted(data.DEMO_CLASSES)
     with av.open(videos.path(0)) as container:
         assert container.streams.video[0].codec_context.name == "h264"
     made = os.stat(videos.path(0)).st_mtime_ns
-    data.make_demo(tmp_path)
+    data.make_demo("kinetics", tmp_path)
     assert os.stat(videos.path(0)).st_mtime_ns == made

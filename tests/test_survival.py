@@ -29,7 +29,7 @@ import model as m
 from model import InputError
 
 ROOT = Path(__file__).parents[1]
-SMALL = "--model vit_demo --img_size 24 --precision fp32 --log_every 2 --save_minutes 0 --lr 1e-3 --batch_size 4"
+SMALL = "--model vit_demo --img_size 24 --precision fp32 --log_every 1 --save_minutes 100 --lr 1e-3 --batch_size 4"
 STAGES = {  # epochs that make 12 steps of 8 videos or keyframes, in micro-batches
     "mae_pretrain.py": "--epochs 24 --repeats 4 --micro_batch 2 --clip_grad 0.5",
     "finetune_cls.py": "--epochs 12 --repeats 2 --micro_batch 2 --mixup 0.8 --cutmix 1 --drop_path 0.2 --num_classes 12 --views 1x1",
@@ -131,7 +131,7 @@ def facts(folder):
 
 def assert_same_bits(one, other):
     (weights, optimizer, log), (weights_2, optimizer_2, log_2) = facts(one), facts(other)
-    assert log == log_2 and len(log) >= 5
+    assert log == log_2 and len(log) >= 10
     assert weights.keys() == weights_2.keys() and all(torch.equal(weights[name], weights_2[name]) for name in weights)
     assert optimizer["param_groups"] == optimizer_2["param_groups"]
     for key, state in optimizer["state"].items():
@@ -152,7 +152,7 @@ def kill_and_resume(stage, seed, videos, folder, whole):
     """Kill a run with SIGKILL at a random moment after its first checkpoint, and run it again."""
     rng = random.Random(seed)
     process = start(stage, line_of(stage, videos, folder, workers=2))
-    lines = rng.randint(1, 4)
+    lines = rng.randint(2, 9)
     wait_for(lambda: steps_logged(folder) >= lines and (folder / "checkpoint.pt").exists(), process)
     time.sleep(rng.uniform(0, 0.1))
     os.killpg(process.pid, signal.SIGKILL)
@@ -201,12 +201,18 @@ def test_torchrun_brings_back_a_group_that_lost_a_process(stage, videos, whole, 
     assert_same_bits(tmp_path, whole(stage, 2))
 
 
-SLOW = "step = m.Log.step\ndef slow(*args, **kwargs):\n    import time; time.sleep(0.3)\n    return step(*args, **kwargs)\nm.Log.step = slow"
+SLOW = """
+def slow(*args, load=data.Clips.load):  # the loss of a worker is felt at once: there are no batches in stock
+    import time
+    time.sleep(0.15)
+    return load(*args)
+data.Clips.load = slow
+"""
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_sigterm_saves_and_stops(processes, videos, whole, tmp_path):
-    line = line_of("mae_pretrain.py", videos, tmp_path / "run", workers=1).replace("--log_every 2", "--log_every 100")
+    line = line_of("mae_pretrain.py", videos, tmp_path / "run", workers=1).replace("--log_every 1", "--log_every 100")
     process = start("mae_pretrain.py", line, processes, harm=SLOW, folder=tmp_path)
     wait_for(lambda: "0/12" in printed(process), process)
     time.sleep(1)
@@ -228,7 +234,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_a_whole_one(tmp_path):
     content = np.arange(300_000)
     m.save_checkpoint(tmp_path, content=torch.from_numpy(content), step=0)
     rng, steps = random.Random(0), []
-    for _ in range(40):
+    for _ in range(25):
         child = os.fork()
         if child == 0:  # writes without end, until it is killed
             for step in range(10**9):
@@ -476,7 +482,10 @@ def test_a_killed_worker_is_an_error_and_no_hang(videos, tmp_path):
     os.kill(family(process.pid)[-1], signal.SIGKILL)
     code, out = finish(process, 40)
     assert code == 1 and "Traceback" not in out, out
-    assert re.search(r"mae_pretrain.py: error: DataLoader worker .* killed by signal: Killed.*--num_workers", out), out
+    assert re.search(
+        r"mae_pretrain.py: error: DataLoader worker .*(killed by signal: Killed|exited unexpectedly); if memory.*--num_workers",
+        out,
+    ), out
 
 
 def test_a_loss_that_is_not_finite_on_one_process_stops_all_with_the_reason(videos, tmp_path):
@@ -530,7 +539,7 @@ def test_failures_of_all_processes_are_reported_once_and_one_process_writes(vide
         (tmp_path / name).symlink_to(videos / "train" / name)
     for name in ("x.mp4", "y.mp4", "z.mp4", "w.mp4"):
         (tmp_path / name).write_text("words")
-    line = f"{SMALL} --epochs 24 --log_every 1 --data {tmp_path} --output_dir {tmp_path}/run --num_workers 0"
+    line = f"{SMALL} --epochs 4 --data {tmp_path} --output_dir {tmp_path}/run --num_workers 0"  # one pass
     code, out = finish(start("mae_pretrain.py", line, processes=2))
     assert code == 0, out
     skipped = [line.split("\t")[0] for line in (tmp_path / "run" / "failures.log").read_text().splitlines()]
