@@ -423,8 +423,8 @@ def upright_size(frame):
     return (frame.width, frame.height) if frame.rotation % 180 else (frame.height, frame.width)
 
 
-def to_clip(frames, size, box=None):
-    """Cut, scale and convert frames: T av.VideoFrame -> uint8 RGB (T, height, width, 3).
+def to_clip(frames, size, box=None, flip=False):
+    """Cut, scale, mirror and convert frames: T av.VideoFrame -> uint8 RGB (T, height, width, 3).
 
     size: (height, width) to scale to. box: (top, left, height, width) in pixels of the upright frame, all of it by
     default; rounded to what the pixel format can be cut at. One pass of libswscale per distinct frame, so that an
@@ -437,7 +437,8 @@ def to_clip(frames, size, box=None):
     chain = [graph.add_buffer(width=first.width, height=first.height, format=first.format, time_base=Fraction(1, FPS))]
     turn = {90: ["transpose=cclock"], 180: ["hflip", "vflip"], 270: ["transpose=clock"]}.get(first.rotation % 360, [])
     steps = [f"crop={width}:{height}:{left}:{top}", f"scale={size[1]}:{size[0]}:flags=bilinear", "format=rgb24"]
-    chain += [graph.add(*step.split("=", 1)) for step in turn + steps] + [graph.add("buffersink")]
+    steps = turn + steps + ["hflip"] * flip
+    chain += [graph.add(*step.split("=", 1)) for step in steps] + [graph.add("buffersink")]
     graph.link_nodes(*chain).configure()
     pictures = {}
     for frame in frames:
@@ -483,7 +484,7 @@ class Clips(torch.utils.data.Dataset):
         self.num_frames, self.sampling_rate, self.img_size = args.num_frames, args.sampling_rate, args.img_size
         self.segments, self.rand_augment = args.segments, rand_augment
         self.crop = v2.RandomResizedCrop(args.img_size, scale=args.crop, ratio=(3 / 4, 4 / 3))
-        self.flip = v2.RandomHorizontalFlip(0.5 if args.hflip else 0.0)
+        self.hflip = args.hflip
         self.erase = v2.RandomErasing(erasing, value=round(255 * PIXEL_MEAN))
 
     def __getitem__(self, key):
@@ -517,7 +518,8 @@ class Clips(torch.utils.data.Dataset):
         """T av.VideoFrame -> uint8 (T, H, W, 3); whatever is drawn is the same for all frames of the clip."""
         box = self.crop.make_params([torch.empty(3, *upright_size(frames[0]), device="meta")])
         box = [box[name] for name in ("top", "left", "height", "width")]
-        clip = self.flip(to_clip(frames, (self.img_size, self.img_size), box).permute(0, 3, 1, 2))  # (T, 3, H, W)
+        flip = self.hflip and torch.rand(()).item() < 0.5
+        clip = to_clip(frames, (self.img_size, self.img_size), box, flip).permute(0, 3, 1, 2)  # (T, 3, H, W)
         if self.rand_augment:
             from torchvision.transforms import v2
 
@@ -891,11 +893,11 @@ class KeyframeClips(torch.utils.data.Dataset):
         side = even(min(H, W) / (low + (high - low) * scale))
         crop = even((H - side) * down), even((W - side) * along), side, side
         flip, size = self.hflip and mirror < 0.5, (self.img_size, self.img_size)
-        clip = to_clip(frames, size, crop)
+        clip = to_clip(frames, size, crop, flip)
         rows = self.videos.rows(index)
         boxes, left = cut_boxes(self.videos.boxes[rows], (H, W), crop, size, flip)
         actions = torch.from_numpy(self.videos.actions[rows]).float()
-        return {"video": (clip.flip(2) if flip else clip)[None], "boxes": boxes[left], "actions": actions[left]}
+        return {"video": clip[None], "boxes": boxes[left], "actions": actions[left]}
 
 
 class KeyframeViews(torch.utils.data.Dataset):

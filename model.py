@@ -618,9 +618,8 @@ def run_stage(main):
     except RuntimeError as error:
         reason = str(error).split("\n")[0]
         if reason.startswith("DataLoader worker"):  # may be raised anywhere: by a signal handler
-            sys.exit(
-                f"{name}: error: {reason.rstrip('. ')}; if memory ran out, take fewer --num_workers; the same command goes on"
-            )
+            advice = "if memory ran out, take fewer --num_workers; the same command goes on"
+            sys.exit(f"{name}: error: {reason.rstrip('. ')}; {advice}")
         if dist.is_initialized() and re.search("[Cc]onnection|[Tt]imed out|Broken pipe|NCCL|gloo", reason):
             sys.exit(f"{name}: error: another process has ended or does not answer; see what it says ({reason})")
         raise

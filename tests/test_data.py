@@ -342,9 +342,9 @@ def test_repeated_sampling_opens_a_file_once(demo, monkeypatch):
 def test_crops_and_flips_are_those_of_table_5a(demo, monkeypatch):
     boxes, original = [], data.to_clip
 
-    def spy(frames, size, box=None):
+    def spy(frames, size, box=None, flip=False):
         boxes.append(box)
-        return original(frames, size, box)
+        return original(frames, size, box, flip)
 
     monkeypatch.setattr(data, "to_clip", spy)
     dataset = pretrain_dataset(demo)
