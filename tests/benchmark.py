@@ -18,7 +18,6 @@ What was tried for speed, and what it gave (2 CPU cores with AVX-512 bf16, unles
 
 import argparse
 import multiprocessing
-import os
 import resource
 import sys
 import tempfile
@@ -42,15 +41,15 @@ import model as m
 RATIOS = 0, 0.5, 0.75, 0.9, 0.95
 
 
-def seconds(function, at_least=1.0, times=3):
-    """The fastest of several calls, after one to warm up."""
+def seconds(function, at_least=1.0):
+    """The fastest of several calls, after one to warm up; of two, where they take long."""
     function()
-    best, began = float("inf"), time.perf_counter()
-    while times > 0 or time.perf_counter() - began < at_least:
+    taken = []
+    while len(taken) < 2 or sum(taken) < at_least:
         start = time.perf_counter()
         function()
-        best, times = min(best, time.perf_counter() - start), times - 1
-    return best
+        taken.append(time.perf_counter() - start)
+    return min(taken)
 
 
 def synchronize(device):
@@ -132,7 +131,7 @@ def run_step(task, size, ratio, clips, device, precision, compiled=False, attent
         optimizer.zero_grad()
         synchronize(device)
 
-    taken = seconds(step)
+    taken = seconds(step, 5.0)
     rate = max(rate, matrix_rate(device, precision))  # before and after: machines are noisy
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device)
@@ -142,8 +141,7 @@ def run_step(task, size, ratio, clips, device, precision, compiled=False, attent
 
 
 def alone(function, *args, **kwargs):
-    """Call a function in a fresh process, whose memory is given back as tensors go: its peak is theirs."""
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "1000000"
+    """Call a function in a fresh process: its peak memory is that of the function."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, args, kwargs)
 
@@ -323,7 +321,7 @@ def one_row(path, stage, args, repeats, duration):
             "plain": lambda t=times, b=boxes: plain_loader(path, t, (args.img_size,) * 2, b),
         }
         for name, job in jobs.items():
-            spent[name] += seconds(job, 0.2, 2) / draws
+            spent[name] += seconds(job, 0.2) / draws
         twice += count_decoded(path, times)[1]
     rest = max(0.0, spent["all"] - spent["decode"] - spent["to RGB"])
     ms = {name: 1000 * value for name, value in spent.items()}
