@@ -23,6 +23,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import time
 from fractions import Fraction
@@ -70,7 +71,12 @@ def add_arguments(parser):
     add("--videos", metavar="FOLDER", help="where the videos of a list lie, if not beside it")
     add("--hflip", action=switch, help="mirror every other clip; not on SSv2, whose labels know left from right")
     add("--num_frames", type=int, default=16, help="frames in a clip")
-    add("--sampling_rate", type=int, default=4, help="30ths of a second from a frame to the next")
+    add(
+        "--sampling_rate",
+        type=int,
+        default=4,
+        help="30ths of a second from a frame to the next; 0: one frame, repeated",
+    )
     add("--img_size", type=int, help="height and width of a clip in pixels")
     add("--num_workers", type=int, help="processes that decode for each GPU; default: its share of the cores")
     add("--max_failures", type=int, help="stop when more videos cannot be read; default: 1 in 100, at least 4")
@@ -85,7 +91,7 @@ def add_sampling_arguments(parser):
     add("--segments", action=switch, help="a frame from each of --num_frames equal parts of a video; default: on SSv2")
 
 
-def locate(args, rank, part="kinetics"):
+def locate(args, rank, part):
     """Where the data set is: args.data, or data/DATASET; the demo's part is made if need be, by one process."""
     if args.dataset == "demo" and args.data is None:
         if rank == 0:
@@ -504,7 +510,7 @@ class Clips(torch.utils.data.Dataset):
         clips, noise = [], []
         for repeat, seed in enumerate(seeds):
             with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
-                torch.manual_seed(seed)
+                torch.default_generator.manual_seed(seed)  # torch.manual_seed would take note of it for each device
                 clips.append(self.augment(frames[repeat * self.num_frames : (repeat + 1) * self.num_frames]))
                 noise += [self.noise_of()] if self.noise_of else []
         sample = {"video": torch.stack(clips)}
@@ -1054,112 +1060,113 @@ class Failures:
 
 # ----------------------------------------------------------------------------------------------------------- demo
 
-DEMO_SHAPES = ("disc", "triangle", "cross")
-DEMO_MOTIONS = ("rises", "falls", "slides", "swells")
-DEMO_CLASSES = [f"{shape} {motion}" for shape in DEMO_SHAPES for motion in DEMO_MOTIONS]
-DEMO = dict(train=960, val=120, height=60, width=80, fps=15, seconds=3)  # videos a split, and what each is like
-DEMO_ACTIONS = dict(enumerate(DEMO_SHAPES + DEMO_MOTIONS, 1))  # of the AVA part: each thing has one or two of them
-DEMO_AVA = dict(train=300, val=60, seconds=5, times=(902, 903))  # movies a split, and their annotated seconds from 900
-DEMO_VERSION = {"kinetics": "2", "ava": "1"}  # of what is drawn: a folder of another version is made again
+DEMO_SHAPES = ("disc", "triangle", "cross", "square", "ring", "bars", "corner", "twins")  # also the classes
+DEMO_MOTIONS = ("rises", "falls", "slides", "swells", "shrinks", "turns")
+DEMO_ACTIONS = dict(enumerate(DEMO_SHAPES + DEMO_MOTIONS[:4], 1))  # of the AVA part: what a thing is, and does
+DEMO = dict(height=48, width=64, fps=15, seconds=3)
+DEMO_VIDEOS = {"unlabelled": dict(train=2400, val=8), "kinetics": dict(train=200, val=400)}
+DEMO_AVA = dict(train=100, val=100, seconds=5, times=(902, 903))  # movies a split, and their annotated seconds from 900
+DEMO_VERSION = "3"  # of what is drawn: a folder of another version is made again
 
 
 def shape_distance(shape, x, y):
     """Signed distance, about, from the outline of a shape of size 1; below 0 inside."""
-    x, y = abs(x), y if shape == "triangle" else abs(y)
+
+    def box(left, top, right, bottom):
+        beyond_x, beyond_y = (
+            abs(x - (left + right) / 2) - (right - left) / 2,
+            abs(y - (top + bottom) / 2) - (bottom - top) / 2,
+        )
+        return np.maximum(beyond_x, beyond_y)
+
     if shape == "disc":
         return np.hypot(x, y) - 0.9
     if shape == "triangle":
-        return np.maximum(0.87 * x + 0.5 * y, -y) - 0.55
-    return np.minimum(np.maximum(x - 1, y - 0.35), np.maximum(x - 0.35, y - 1))  # cross
+        return np.maximum(0.87 * abs(x) + 0.5 * y, -y) - 0.55
+    if shape == "square":
+        return box(-0.8, -0.8, 0.8, 0.8)
+    if shape == "ring":
+        return abs(np.hypot(x, y) - 0.7) - 0.25
+    if shape == "twins":
+        return np.hypot(abs(x) - 0.5, y) - 0.42
+    a, b = {
+        "cross": (box(-1, -0.33, 1, 0.33), box(-0.33, -1, 0.33, 1)),
+        "bars": (box(-0.8, -0.95, -0.2, 0.95), box(0.2, -0.95, 0.8, 0.95)),
+        "corner": (box(-0.85, -0.9, -0.25, 0.9), box(-0.85, 0.3, 0.85, 0.9)),
+    }[shape]
+    return np.minimum(a, b)
 
 
-def waves(rng, x, y, wavelength):
-    """A texture: a sum of plane waves, in 0..1."""
-    value = 0
-    for _ in range(3):
-        angle, phase, length = rng.uniform(0, 2 * np.pi), rng.uniform(0, 2 * np.pi), wavelength * rng.uniform(1, 2)
-        value = value + np.sin(2 * np.pi / length * (x * np.cos(angle) + y * np.sin(angle)) + phase)
-    return (value / 6 + 0.5)[..., None]
+def draw_background(rng, color):
+    """A colour that changes a little across the picture: (1, H, W, 3)."""
+    y, x = np.mgrid[: DEMO["height"], : DEMO["width"]][:, None, ..., None].astype(np.float32)
+    slope = rng.uniform(-30, 30, 2)
+    return color + slope[0] * (x / DEMO["width"] - 0.5) + slope[1] * (y / DEMO["height"] - 0.5)
 
 
-def draw_thing(rng, picture, shape, center_x, center_y, radius, colors):
-    """Draw a textured shape on a picture (T, H, W, 3); center and radius in pixels, (T, 1, 1): picture, where it is."""
-    y, x = np.mgrid[: picture.shape[1], : picture.shape[2]][:, None].astype(np.float32)  # (1, H, W) each
-    tilt = rng.uniform(-0.5, 0.5)
+def draw_thing(rng, picture, shape, motion, place, radius, color, seconds):
+    """Draw a thing that moves slowly; returns the picture (T, H, W, 3) and where the thing is in it.
+
+    place: about where its centre is halfway, as shares of the frame; radius: about, in pixels.
+    """
+    H, W = DEMO["height"], DEMO["width"]
+    t = np.arange(DEMO["fps"] * seconds, dtype=np.float32).reshape(-1, 1, 1) / (DEMO["fps"] * seconds) - 0.5
+    y, x = np.mgrid[:H, :W][:, None].astype(np.float32)
+    path, angle = rng.uniform(0.2, 0.3) * t, rng.uniform(-0.3, 0.3)
+    center_x, center_y = (place + rng.uniform(-0.07, 0.07, 2)) * (W, H)
+    if motion == "rises":
+        center_y = center_y - path * H
+    elif motion == "falls":
+        center_y = center_y + path * H
+    elif motion == "slides":
+        center_x = center_x + rng.choice([-1, 1]) * path * H
+    elif motion == "turns":
+        angle = angle + rng.choice([-4, 4]) * path
+    elif motion in ("swells", "shrinks"):
+        radius = radius * (1 + {"swells": 2, "shrinks": -2}[motion] * path)
     u, v = (x - center_x) / radius, (y - center_y) / radius
-    u, v = u * np.cos(tilt) - v * np.sin(tilt), u * np.sin(tilt) + v * np.cos(tilt)
+    u, v = u * np.cos(angle) - v * np.sin(angle), u * np.sin(angle) + v * np.cos(angle)
     inside = (0.5 - shape_distance(shape, u, v) * radius).clip(0, 1)[..., None]
-    amount = waves(rng, u, v, 1.5)
-    return picture * (1 - inside) + inside * (colors[0] * amount + colors[1] * (1 - amount)), inside[..., 0] > 0.5
+    return picture * (1 - inside) + inside * color, np.broadcast_to(inside[..., 0] > 0.5, (len(t), H, W))
 
 
-def draw_background(rng, t, colors):
-    """A texture that drifts as if a camera panned, at times t (T, 1, 1) in seconds: (T, H, W, 3)."""
-    y, x = np.mgrid[: DEMO["height"], : DEMO["width"]][:, None].astype(np.float32)
-    drift = rng.uniform(-6, 6, 2)  # pixels a second
-    amount = waves(rng, x - drift[0] * t, y - drift[1] * t, 30)
-    return colors[0] * amount + colors[1] * (1 - amount)
-
-
-def demo_colors(rng, pairs):
-    """Pairs of colours, (2 * pairs, 3), the first for the background; the others stand out from it."""
+def demo_colors(rng, things):
+    """A colour for the background and for each thing, (1 + things, 3); these stand out from the background."""
     while True:
-        colors = rng.uniform(0, 255, (2 * pairs, 3)).astype(np.float32)
-        means = colors.reshape(pairs, 2, 3).mean(1)
-        if (abs(means[1:] - means[0]).sum(1) >= 200).all():
+        colors = rng.uniform(0, 255, (1 + things, 3)).astype(np.float32)
+        if (abs(colors[1:] - colors[0]).sum(1) >= 200).all():
             return colors
 
 
 def draw_demo_video(shape, motion, seed):
-    """One video: a shape that moves over a textured background that drifts; uint8 (T, H, W, 3)."""
+    """One video: a thing that moves slowly before a plain background; uint8 (T, H, W, 3)."""
     rng = np.random.RandomState(seed)
-    H, W = DEMO["height"], DEMO["width"]
-    t = (np.arange(DEMO["fps"] * DEMO["seconds"]) / DEMO["fps"]).reshape(-1, 1, 1)  # seconds
-    colors = demo_colors(rng, 2)
-    picture = draw_background(rng, t, colors[:2])
-    radius, path = rng.uniform(11, 15), rng.uniform(0.8, 1.2) * (t / DEMO["seconds"] - 0.5)  # from -1/2 to 1/2, about
-    center_x, center_y = rng.uniform(0.35, 0.65) * W, rng.uniform(0.4, 0.6) * H
-    if motion == "slides":
-        center_x = W / 2 + rng.choice([-0.5, 0.5]) * W * path
-    elif motion == "swells":
-        radius = radius * (1 + path)
-    else:
-        center_y = H / 2 + {"rises": -0.5, "falls": 0.5}[motion] * H * path
-    picture, _ = draw_thing(rng, picture, shape, center_x, center_y, radius, colors[2:])
+    colors = demo_colors(rng, 1)
+    picture = draw_background(rng, colors[0])
+    radius = rng.uniform(13, 18)
+    picture, _ = draw_thing(rng, picture, shape, motion, (0.5, 0.5), radius, colors[1], DEMO["seconds"])
     return picture.clip(0, 255).astype(np.uint8)
 
 
 def draw_demo_movie(seed):
-    """One movie of the demo's AVA part: two or three things, each of a shape, most of them moving.
+    """One movie of the demo's AVA part: two things, most of them moving.
 
     Returns uint8 (T, H, W, 3) and, for each of DEMO_AVA["times"], what is there: [(box, actions), ...], the box in
     shares of the frame, the actions numbers into DEMO_ACTIONS.
     """
     rng = np.random.RandomState(seed)
-    H, W, seconds = DEMO["height"], DEMO["width"], DEMO_AVA["seconds"]
-    t = (np.arange(DEMO["fps"] * seconds) / DEMO["fps"]).reshape(-1, 1, 1)
-    count = rng.randint(2, 4)
-    colors = demo_colors(rng, 1 + count)
-    picture = draw_background(rng, t, colors[:2])
-    things = [[] for _ in DEMO_AVA["times"]]
-    for i in range(count):
-        shape, motion = rng.choice(DEMO_SHAPES), rng.choice((*DEMO_MOTIONS, "rests"))
-        radius, path = rng.uniform(8, 11), rng.uniform(0.8, 1.2) * (t / seconds - 0.5)
-        center_x, center_y = (i + rng.uniform(0.35, 0.65)) / count * W, rng.uniform(0.35, 0.65) * H + 0 * t
-        if motion == "slides":
-            center_x = center_x + rng.choice([-0.4, 0.4]) * W * path
-        elif motion == "swells":
-            radius = radius * (1 + path)
-        elif motion != "rests":
-            center_y = H / 2 + {"rises": -0.6, "falls": 0.6}[motion] * H * path
-        picture, inside = draw_thing(rng, picture, shape, center_x, center_y, radius, colors[2 + 2 * i : 4 + 2 * i])
-        names = list(DEMO_ACTIONS.values())
-        actions = [1 + names.index(name) for name in (shape, motion) if name in names]
+    numbers = {name: number for number, name in DEMO_ACTIONS.items()}
+    colors = demo_colors(rng, 2)
+    picture, things = draw_background(rng, colors[0]), [[] for _ in DEMO_AVA["times"]]
+    for place, color in zip((0.26, 0.74), colors[1:]):
+        shape, motion = rng.choice(DEMO_SHAPES), rng.choice(DEMO_MOTIONS)
+        radius = rng.uniform(10, 12)
+        picture, inside = draw_thing(rng, picture, shape, motion, (place, 0.5), radius, color, DEMO_AVA["seconds"])
+        actions = [numbers[name] for name in (shape, motion) if name in numbers]
         for there, second in zip(things, DEMO_AVA["times"]):
             rows, columns = (np.flatnonzero(inside[round((second - 900) * DEMO["fps"])].any(axis)) for axis in (1, 0))
-            if len(rows) > 4 and len(columns) > 4:
-                box = columns[0] / W, rows[0] / H, (columns[-1] + 1) / W, (rows[-1] + 1) / H
-                there.append((tuple(box), actions))
+            box = columns[0] / DEMO["width"], rows[0] / DEMO["height"]
+            there.append(((*box, (columns[-1] + 1) / DEMO["width"], (rows[-1] + 1) / DEMO["height"]), actions))
     return picture.clip(0, 255).astype(np.uint8), things
 
 
@@ -1189,13 +1196,17 @@ def write_demo_movie(task):
     return things
 
 
-def make_demo(part="kinetics", folder="data/demo"):
-    """Make a part of the demo's data, once: real H.264 files in the official layout of Kinetics, or of AVA."""
+def make_demo(part, folder="data/demo"):
+    """Make a part of the demo's data, once: real H.264 files, in a folder or in the layout of Kinetics or of AVA.
+
+    unlabelled: to pre-train on. kinetics: a few labelled videos of the same kind, and more to test on. ava: movies.
+    """
     folder = Path(folder) / part
     version = folder / "VERSION"
-    if not version.exists() or version.read_text() != DEMO_VERSION[part]:
-        {"kinetics": make_demo_kinetics, "ava": make_demo_ava}[part](folder)
-        version.write_text(DEMO_VERSION[part])
+    if not version.exists() or version.read_text() != DEMO_VERSION:
+        shutil.rmtree(folder, ignore_errors=True)
+        make_demo_ava(folder) if part == "ava" else make_demo_videos(part, folder)
+        version.write_text(DEMO_VERSION)
 
 
 def make_videos(write, tasks, folder):
@@ -1205,25 +1216,26 @@ def make_videos(write, tasks, folder):
         return list(tqdm(made, f"making the demo's videos in {folder}", len(tasks), mininterval=bar_interval()))
 
 
-def make_demo_kinetics(folder):
+def make_demo_videos(part, folder):
     tasks = []
-    for split in ("train", "val"):
-        (folder / split).mkdir(parents=True, exist_ok=True)
-        with open(folder / f"{split}.csv", "w", newline="") as file:
-            rows = csv.writer(file)
-            rows.writerow(["label", "youtube_id", "time_start", "time_end", "split"])
-            for i in range(DEMO[split]):
-                shape, motion = DEMO_CLASSES[i % len(DEMO_CLASSES)].split()
-                name = f"{split}{i:05d}"
-                rows.writerow([f"{shape} {motion}", name, 0, DEMO["seconds"], split])
-                path = folder / split / f"{name}_{0:06d}_{DEMO['seconds']:06d}.mp4"
-                tasks.append((str(path), shape, motion, stateless_seed(i, split == "val") % 2**32))
+    for split, count in DEMO_VIDEOS[part].items():
+        (folder / split).mkdir(parents=True)
+        lines = [["label", "youtube_id", "time_start", "time_end", "split"]]
+        for i in range(count):
+            shape, motion = DEMO_SHAPES[i % 8], DEMO_MOTIONS[i // 8 % 6]  # every shape in every motion
+            name = f"{split}{i:05d}"
+            lines.append([shape, name, 0, DEMO["seconds"], split])
+            path = folder / split / f"{name}_{0:06d}_{DEMO['seconds']:06d}.mp4"
+            tasks.append((str(path), shape, motion, stateless_seed(i, split == "val", part == "kinetics") % 2**32))
+        if part == "kinetics":
+            with open(folder / f"{split}.csv", "w", newline="") as file:
+                csv.writer(file).writerows(lines)
     make_videos(write_demo_video, tasks, folder)
 
 
 def make_demo_ava(folder):
-    (folder / "videos").mkdir(parents=True, exist_ok=True)
-    (folder / "annotations").mkdir(exist_ok=True)
+    (folder / "videos").mkdir(parents=True)
+    (folder / "annotations").mkdir()
     names = [f"{split}{i:04d}" for split in ("train", "val") for i in range(DEMO_AVA[split])]
     tasks = [(str(folder / "videos" / f"{name}.mp4"), stateless_seed(i, 2) % 2**32) for i, name in enumerate(names)]
     movies = dict(zip(names, make_videos(write_demo_movie, tasks, folder)))

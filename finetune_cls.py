@@ -66,15 +66,13 @@ K600_INTERMEDIATE = KINETICS | {  # appendix A: a checkpoint that was fine-tuned
     "epochs": {"vit_l": 40, "vit_h": 30},
     "drop path": {"vit_l": 0.2, "vit_h": 0.3},
 }
-DEMO = KINETICS | {  # vit_demo, minutes on two CPU cores: too few steps for much regularisation
+DEMO = KINETICS | {  # vit_demo, minutes on two CPU cores
     "learning rate": 2e-3,
-    "warmup epochs": 1,
-    "epochs": 10,
+    "warmup epochs": 10,
+    "epochs": 96,
     "repeated sampling": 2,
-    "augmentation": {"RandAug": (0, 0)},
-    "batch size": 8,
-    "mixup": 0,
-    "cutmix": 0,
+    "augmentation": {"RandAug": (0, 0), "crop": [0.5, 1.0]},
+    "batch size": 16,
     "drop path": 0.1,
     "dropout": 0.0,
     "layer-wise decay": 0.75,
@@ -121,7 +119,7 @@ def parse_args(argv=None):
         epochs=recipe["epochs"],
         repeats=recipe.get("repeated sampling", 1),
         hflip=dataset != "ssv2",
-        crop=CROP,
+        crop=recipe["augmentation"].get("crop", CROP),
         rand_augment=list(recipe["augmentation"]["RandAug"]),
         batch_size=recipe["batch size"],
         mixup=recipe["mixup"],
@@ -164,7 +162,7 @@ def train(args, recipe):
     out = Path(args.output_dir)
 
     # Data
-    args.data = data.locate(args, rank)
+    args.data = data.locate(args, rank, "kinetics")
     count = args.num_classes or CLASSES.get(args.dataset)
     videos = data.find_videos(args.data, "train", args.videos, need_labels=True, classes=count)
     classes = videos.class_names
@@ -363,7 +361,7 @@ def restore(args):
 
 def evaluate(args):
     device, rank, world = m.start_process(args.device)
-    args.data = data.locate(args, rank)
+    args.data = data.locate(args, rank, "kinetics")
     classifier, classes = restore(args)
     known = classes or classifier.head.out_features
     videos = data.find_videos(args.data, "val", args.videos, need_labels=True, classes=known)

@@ -41,7 +41,7 @@ SIZES = {
     "vit_b": dict(embed_dim=768, depth=12, num_heads=12),
     "vit_l": dict(embed_dim=1024, depth=24, num_heads=16),
     "vit_h": dict(embed_dim=1280, depth=32, num_heads=16),
-    "vit_demo": dict(img_size=48, patch_size=8, embed_dim=128, depth=4, num_heads=2, sine_positions=True),
+    "vit_demo": dict(img_size=32, patch_size=8, embed_dim=128, depth=4, num_heads=2, sine_positions=True),
 }
 SGD_MOMENTUM = 0.9  # Tables 6a and 6b say SGD, and no more
 PIXEL_MEAN, PIXEL_STD = 0.45, 0.225  # of each channel, for pixels in 0..1
@@ -677,6 +677,8 @@ def settle(args, recipe, stage):
         args.warmup_epochs = min(recipe["warmup epochs"], recipe["warmup epochs"] / recipe["epochs"] * args.epochs)
     if args.lr is None:
         args.lr = recipe["learning rate"] * args.batch_size / recipe["batch size"]
+    if args.precision is None and args.model == "vit_demo":
+        args.precision = "fp32"  # for matrices this small, casts cost more than bf16 saves
     args.output_dir = args.output_dir or f"runs/{stage}_{args.dataset}_{args.model}"
 
 

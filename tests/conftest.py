@@ -48,8 +48,8 @@ def demo(tmp_path_factory):
             rows = csv.writer(file)
             rows.writerow(["label", "youtube_id", "time_start", "time_end", "split"])
             for i in range(count):
-                shape, motion = data.DEMO_CLASSES[i].split()
+                shape, motion = data.DEMO_SHAPES[i], data.DEMO_MOTIONS[i % 6]
                 path = folder / split / f"{split}{i}_000005_000008.mp4"
                 data.write_video(path, data.draw_demo_video(shape, motion, i), 15)
-                rows.writerow([f"{shape} {motion}", f"{split}{i}", 5, 8, split])
+                rows.writerow([shape, f"{split}{i}", 5, 8, split])
     return folder

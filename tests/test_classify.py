@@ -401,9 +401,9 @@ def labelled(tmp_path_factory):
     folder = tmp_path_factory.mktemp("labelled")
     for split, count in {"train": 8, "val": 5}.items():
         for i in range(count):
-            path = folder / split / data.DEMO_CLASSES[i % 8] / f"{i}.mp4"
+            path = folder / split / data.DEMO_SHAPES[i] / f"{i}.mp4"
             path.parent.mkdir(parents=True, exist_ok=True)
-            data.write_video(path, data.draw_demo_video(*data.DEMO_CLASSES[i % 8].split(), i), 15)
+            data.write_video(path, data.draw_demo_video(data.DEMO_SHAPES[i], data.DEMO_MOTIONS[i % 6], i), 15)
     return folder
 
 
@@ -419,7 +419,7 @@ def test_a_run_leaves_checkpoint_log_and_results(run, labelled):
     assert {"top1", "top5", "views", "videos", "init"} <= results.keys()
     assert results["videos"] == 5 and results["views"] == "2x3" and results["init"] is None
     checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
-    assert checkpoint["class_names"] == sorted(data.DEMO_CLASSES[:8]) and checkpoint["config"]["num_classes"] == 8
+    assert checkpoint["class_names"] == sorted(data.DEMO_SHAPES) and checkpoint["config"]["num_classes"] == 8
     log = entries(run)
     assert len(log) == 5 and log[0]["mask_ratio"] == 0.5 and log[-1]["mask_ratio"] == 0
     assert all("clips_per_s" in entry for entry in log)
@@ -498,7 +498,7 @@ def test_sgd_recipe_trains_with_momentum(labelled, tmp_path):
 
 def test_training_learns_to_tell_four_videos_apart(tmp_path):
     for split in ("train", "val"):
-        for i, motion in enumerate(data.DEMO_MOTIONS):
+        for i, motion in enumerate(data.DEMO_MOTIONS[:4]):
             path = tmp_path / split / motion / "a.mp4"
             path.parent.mkdir(parents=True)
             data.write_video(path, data.draw_demo_video("disc", motion, i), 15)
@@ -541,7 +541,7 @@ def test_predict_prints_the_five_likeliest_classes(run, labelled, capsys):
     finetune_cls.predict(args)
     lines = capsys.readouterr().out.splitlines()
     shown = [re.fullmatch(r"\s*([\d.]+)%  (.*)", line) for line in lines[-5:]]
-    assert all(match and match[2] in data.DEMO_CLASSES for match in shown)
+    assert all(match and match[2] in data.DEMO_SHAPES for match in shown)
     percent = [float(match[1]) for match in shown]
     assert percent == sorted(percent, reverse=True)
     scores = torch.load(run / "scores.pt", weights_only=True)

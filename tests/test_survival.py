@@ -46,7 +46,7 @@ def videos(tmp_path_factory):
         for i in range(count):
             (folder / split).mkdir(exist_ok=True)
             path = folder / split / f"{i}.mp4"
-            data.write_video(path, data.draw_demo_video(*data.DEMO_CLASSES[i].split(), i), 15)
+            data.write_video(path, data.draw_demo_video(data.DEMO_SHAPES[i], "slides", i), 15)
             lines.append(f"{split}/{i}.mp4 {i}\n")
         (folder / f"{split}.txt").write_text("".join(lines))
     with pytest.MonkeyPatch.context() as patch:

@@ -1,0 +1,194 @@
+"""What the paper found, in small: every figure of the README's tables on the demo, by the stages' own commands.
+
+    python tests/demo_study.py pays        does pre-training pay? classification, both sides searched alike; 3 seeds
+    python tests/demo_study.py detects     the same for detection
+    python tests/demo_study.py ablations   masking, ratio, decoder, repeated sampling, masked fine-tuning, image start
+    python tests/demo_study.py             all of it: hours
+
+Each run is a folder below --folder (default runs/study), and is not repeated where it has ended: stop the study when you
+like, the same command goes on. As many runs at once as there are cores, each on one: the figures are those of the
+commands that are printed, to float tolerance; times are those of one core.
+"""
+
+import argparse
+import concurrent.futures
+import itertools
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from statistics import mean
+
+ROOT = Path(__file__).resolve().parents[1]
+SEEDS = 0, 1, 2
+RATES = 1e-3, 2e-3, 4e-3  # what is searched, for both sides alike: learning rate,
+DECAYS = 1.0, 0.75  # layer-wise decay
+LENGTHS = {"finetune_cls": (48, 96), "finetune_ava": (40, 80)}  # and epochs: the longer for the better half
+
+
+class Study:
+    def __init__(self, folder, jobs):
+        self.folder, self.pool = Path(folder), concurrent.futures.ThreadPoolExecutor(jobs)
+        self.printing, self.pending = threading.Lock(), {}
+
+    def start(self, stage, name, **flags):
+        """Start a run, or find what it left; returns a Future of its results: results.json, or the end of log.jsonl."""
+        out = self.folder / stage / name
+        if out not in self.pending:
+            self.pending[out] = self.pool.submit(self.run, stage, out, flags)
+        return self.pending[out]
+
+    def run(self, stage, out, flags):
+        line = [stage + ".py", "--dataset", "demo", "--output_dir", str(out)]
+        for flag, value in flags.items():
+            line += [f"--{flag}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+        done = out / "done.json"
+        if not done.exists():
+            with self.printing:
+                print("python", *line, flush=True)
+            out.mkdir(parents=True, exist_ok=True)
+            with open(out / "output.txt", "a") as text:
+                command = [sys.executable, str(ROOT / line[0]), *line[1:], "--num_workers", "0"]
+                environment = os.environ | {"OMP_NUM_THREADS": "1"}
+                code = subprocess.run(command, stdout=text, stderr=text, env=environment).returncode
+            if code:
+                raise SystemExit(f"{' '.join(line)} ended with {code}: see {out}/output.txt")
+            log = [json.loads(entry) for entry in (out / "log.jsonl").read_text().splitlines()]
+            batch = json.loads((out / "args.json").read_text())
+            clips = batch["batch_size"] * batch["repeats"] * batch["log_every"]
+            results = {"loss": log[-1]["loss"], "seconds": sum(clips / entry["clips_per_s"] for entry in log)}
+            if (out / "results.json").exists():
+                results |= json.loads((out / "results.json").read_text())
+            done.write_text(json.dumps(results))
+        return json.loads(done.read_text())
+
+    def pretrain(self, name="default", **flags):
+        """The checkpoint of a pre-training; waits for it."""
+        self.start("mae_pretrain", name, **flags).result()
+        return str(self.folder / "mae_pretrain" / name / "checkpoint.pt")
+
+
+def spread(values):
+    return f"{mean(values):5.1f}  ({min(values):.1f} to {max(values):.1f})"
+
+
+def score_of(stage, results):
+    return results["top1"] if stage == "finetune_cls" else 100 * results["mAP"]
+
+
+def compare(study, stage):
+    """From scratch and pre-trained: each with its own best learning rate, decay and length; then three seeds."""
+    short, long = LENGTHS[stage]
+    sides = {"scratch": {}, "pre-trained": {"init": study.pretrain()}}
+
+    def start(side, lr, decay, epochs, seed=0):
+        name = f"{side}_lr{lr:g}_decay{decay:g}_epochs{epochs}_seed{seed}"
+        flags = sides[side] | dict(lr=lr, layer_decay=decay, epochs=epochs, seed=seed)
+        return study.start(stage, name, **flags)
+
+    settings = list(itertools.product(sides, RATES, DECAYS))
+    searched = {setting: start(*setting, short) for setting in settings}
+    searched = {(*setting, short): score_of(stage, run.result()) for setting, run in searched.items()}
+    longer = {}
+    for side in sides:
+        better = sorted((s for s in searched if s[0] == side), key=searched.get, reverse=True)[:3]
+        longer |= {(*s[:3], long): start(*s[:3], long) for s in better}
+    searched |= {setting: score_of(stage, run.result()) for setting, run in longer.items()}
+    print(f"\n{stage}, seed 0      learning rate  layer-wise decay  epochs   {'top-1' if 'cls' in stage else 'mAP'}")
+    for (side, lr, decay, epochs), score in sorted(searched.items()):
+        print(f"{side:24}{lr:12g}{decay:18g}{epochs:8}{score:9.1f}")
+    best = {side: max((s for s in searched if s[0] == side), key=searched.get) for side in sides}
+    finals = {side: [start(*best[side], seed) for seed in SEEDS] for side in sides}
+    print(f"\n{stage}, the best of each, mean of {len(SEEDS)} seeds (lowest to highest)")
+    for side, runs in finals.items():
+        print(f"{side:14}{best[side][1:]}   {spread([score_of(stage, run.result()) for run in runs])}", flush=True)
+    probe = [
+        study.start(stage, f"probe_{side}_lr{lr:g}", **flags, lr=lr, layer_decay=0, epochs=short)
+        for (side, flags), lr in itertools.product(sides.items(), (1e-2, 3e-2))
+    ]
+    scores = [score_of(stage, run.result()) for run in probe]
+    print(f"head alone (--layer_decay 0): random weights {max(scores[:2]):.1f}, pre-trained {max(scores[2:]):.1f}")
+
+
+# Each ablation: what it varies, and the paper's figure for it (None: it gives none).
+ABLATIONS = {
+    "mask sampling (Table 12a, SSv2)": {
+        "agnostic 90 %": ({}, 63.4),
+        "space-only 90 %": ({"masking": "space-only"}, 59.5),
+        "time-only 75 %": ({"masking": "time-only", "mask_ratio": 0.75}, 61.9),
+        "block-wise 75 %": ({"masking": "block-wise", "mask_ratio": 0.75}, None),
+    },
+    "mask ratio (Figure 6)": {f"{ratio:.0%}": ({"mask_ratio": ratio}, None) for ratio in (0.5, 0.75, 0.9, 0.95)},
+    "decoder width (Table 12b: 128, 256, 512)": {
+        "16": ({"decoder_width": 16}, 59.4),
+        "32": ({"decoder_width": 32}, 63.2),
+        "64": ({}, 63.4),
+    },
+    "decoder depth (Table 12c)": {
+        f"{n} blocks": ({"decoder_depth": n} if n != 2 else {}, paper) for n, paper in ((1, 63.9), (2, 63.4), (4, 63.4))
+    },
+    "repeated sampling at equal effective epochs": {
+        f"{n} samples": ({"repeats": n, "batch_size": 32 // n} if n != 4 else {}, None) for n in (1, 2, 4)
+    },
+    "pre-trained on": {
+        "video": ({}, None),
+        "images: one frame, its 2D kernel repeated": ({"num_frames": 2, "sampling_rate": 0, "mask_ratio": 0.75}, None),
+    },
+}
+MASKED_FINETUNING = {0: (84.4, 1.0), 0.5: (84.1, 1.2), 0.75: (83.8, 1.3)}  # Table 11: accuracy, speed
+
+
+def ablations(study, epochs):
+    """Short pre-trainings that differ in one thing, each fine-tuned with the demo's recipe."""
+
+    def both(flags):
+        name = "_".join(f"{key}{value}" for key, value in flags.items()) or "plain"
+        init = study.pretrain(f"epochs{epochs}_{name}", epochs=epochs, **flags)
+        pretraining = study.start("mae_pretrain", f"epochs{epochs}_{name}").result()
+        runs = [study.start("finetune_cls", f"{name}_{epochs}_seed{s}", init=init, seed=s) for s in SEEDS[:2]]
+        return [run.result()["top1"] for run in runs], pretraining
+
+    waiting = concurrent.futures.ThreadPoolExecutor(32)  # only wait: the runs share the study's own pool
+    rows = {(name, row): waiting.submit(both, flags) for name, table in ABLATIONS.items()
+            for row, (flags, _) in table.items()}  # fmt: skip
+    for name, table in ABLATIONS.items():
+        print(f"\n{name:46}{'top-1':>24}{'pre-training':>16}{'the paper':>12}")
+        for row, (_, paper) in table.items():
+            scores, pretraining = rows[name, row].result()
+            print(f"{row:46}{spread(scores):>24}{pretraining['seconds']:14.0f} s{paper or '':>12}", flush=True)
+    init = study.pretrain()
+    print(f"\n{'masked fine-tuning (Table 11)':46}{'top-1':>24}{'fine-tuning':>16}{'the paper':>16}")
+    runs = {
+        start: [study.start("finetune_cls", f"mask{start}_seed{s}", init=init, mask_start=start, seed=s) for s in SEEDS]
+        for start in MASKED_FINETUNING
+    }
+    for start, (accuracy, speed) in MASKED_FINETUNING.items():
+        results = [run.result() for run in runs[start]]
+        seconds = mean(result["seconds"] for result in results)
+        scores = spread([result["top1"] for result in results])
+        print(f"{f'from {start:.0%}':46}{scores:>24}{seconds:14.0f} s{accuracy:>10}, {speed} x", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help="pays, detects, ablations; default: all")
+    parser.add_argument("--folder", default="runs/study")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs at once")
+    parser.add_argument("--epochs", type=int, default=28, help="effective epochs of each pre-training in `ablations`")
+    args = parser.parse_args()
+    unknown = set(args.parts) - {"pays", "detects", "ablations"}
+    if unknown:
+        parser.error(f"no such part: {', '.join(unknown)}")
+    study, parts = Study(args.folder, args.jobs), args.parts or ["pays", "detects", "ablations"]
+    if "pays" in parts:
+        compare(study, "finetune_cls")
+    if "detects" in parts:
+        compare(study, "finetune_ava")
+    if "ablations" in parts:
+        ablations(study, args.epochs)
+
+
+if __name__ == "__main__":
+    main()
