@@ -632,7 +632,7 @@ def add_arguments(parser):
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--model", choices=SIZES, help="default: vit_l; vit_demo for the demo")
     add("--init", metavar="CHECKPOINT", help="start from these weights: a file of this project, or see the README")
-    add("--output_dir", help="default: runs/STAGE_DATASET_MODEL")
+    add("--output_dir", help="default: runs/STAGE_DATASET_MODEL; for pictures of a model, its own folder")
     add("--resume", action=switch, default=True, help="go on from the checkpoint in --output_dir, if there is one")
     add("--epochs", type=float, help="effective epochs: clips taken of each video, --repeats of them at an opening")
     add("--warmup_epochs", type=float, help="effective epochs, too; default: the table's, or its share of --epochs")
@@ -679,7 +679,11 @@ def settle(args, recipe, stage):
         args.lr = recipe["learning rate"] * args.batch_size / recipe["batch size"]
     if args.precision is None and args.model == "vit_demo":
         args.precision = "fp32"  # for matrices this small, casts cost more than bf16 saves
-    args.output_dir = args.output_dir or f"runs/{stage}_{args.dataset}_{args.model}"
+    if args.output_dir is None:
+        shown = vars(args).get("visualize") or vars(args).get("predict")  # pictures lie beside the model that made them
+        args.output_dir = f"runs/{stage}_{args.dataset}_{args.model}"
+        if shown and args.init:
+            args.output_dir = str(Path(args.init).parent)
 
 
 def start_process(device=None):

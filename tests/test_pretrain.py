@@ -64,6 +64,11 @@ def test_without_flags_the_run_is_table_5a_with_vit_l():
     assert args.output_dir == "runs/mae_pretrain_kinetics400_vit_l"
 
 
+def test_pictures_of_a_model_lie_beside_it():
+    assert parse("--visualize a.mp4 --init weights/a.pth").output_dir == "weights"
+    assert parse("--visualize a.mp4 --init weights/a.pth --output_dir b").output_dir == "b"
+
+
 def test_learning_rate_scales_with_the_batch_and_warmup_with_the_epochs():
     assert parse("--batch_size 128").lr == pytest.approx(4e-4)
     assert parse("--batch_size 128 --lr 1e-3").lr == 1e-3
