@@ -625,6 +625,9 @@ def run_stage(main):
         raise
     if dist.is_initialized():
         dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # gloo's threads may still let go of tensors: Python aborts now and then when it ends under them
 
 
 def add_arguments(parser):
