@@ -1063,10 +1063,10 @@ class Failures:
 DEMO_SHAPES = ("disc", "triangle", "cross", "square", "ring", "bars", "corner", "twins")  # also the classes
 DEMO_MOTIONS = ("rises", "falls", "slides", "swells", "shrinks", "turns")
 DEMO_ACTIONS = dict(enumerate(DEMO_SHAPES + DEMO_MOTIONS[:4], 1))  # of the AVA part: what a thing is, and does
-DEMO = dict(height=48, width=64, fps=15, seconds=3)
-DEMO_VIDEOS = {"unlabelled": dict(train=2400, val=8), "kinetics": dict(train=200, val=400)}
+DEMO = dict(height=48, fps=15)
+DEMO_VIDEOS = {"unlabelled": dict(train=2400, val=8), "kinetics": dict(train=200, val=400)}  # videos of each split
 DEMO_AVA = dict(train=100, val=100, seconds=5, times=(902, 903))  # movies a split, and their annotated seconds from 900
-DEMO_VERSION = "3"  # of what is drawn: a folder of another version is made again
+DEMO_VERSION = "4"  # of what is drawn: a folder of another version is made again
 
 
 def shape_distance(shape, x, y):
@@ -1097,20 +1097,21 @@ def shape_distance(shape, x, y):
     return np.minimum(a, b)
 
 
-def draw_background(rng, color):
-    """A colour that changes a little across the picture: (1, H, W, 3)."""
-    y, x = np.mgrid[: DEMO["height"], : DEMO["width"]][:, None, ..., None].astype(np.float32)
+def draw_background(rng, color, width, seconds):
+    """A colour that changes a little across the picture: (T, H, W, 3)."""
+    y, x = np.mgrid[: DEMO["height"], :width][..., None].astype(np.float32)
     slope = rng.uniform(-30, 30, 2)
-    return color + slope[0] * (x / DEMO["width"] - 0.5) + slope[1] * (y / DEMO["height"] - 0.5)
+    picture = color + slope[0] * (x / width - 0.5) + slope[1] * (y / DEMO["height"] - 0.5)
+    return np.broadcast_to(picture, (DEMO["fps"] * seconds, *picture.shape))
 
 
-def draw_thing(rng, picture, shape, motion, place, radius, color, seconds):
+def draw_thing(rng, picture, shape, motion, place, radius, color):
     """Draw a thing that moves slowly; returns the picture (T, H, W, 3) and where the thing is in it.
 
     place: about where its centre is halfway, as shares of the frame; radius: about, in pixels.
     """
-    H, W = DEMO["height"], DEMO["width"]
-    t = np.arange(DEMO["fps"] * seconds, dtype=np.float32).reshape(-1, 1, 1) / (DEMO["fps"] * seconds) - 0.5
+    T, H, W, _ = picture.shape
+    t = np.arange(T, dtype=np.float32).reshape(-1, 1, 1) / T - 0.5
     y, x = np.mgrid[:H, :W][:, None].astype(np.float32)
     path, angle = rng.uniform(0.2, 0.3) * t, rng.uniform(-0.3, 0.3)
     center_x, center_y = (place + rng.uniform(-0.07, 0.07, 2)) * (W, H)
@@ -1127,7 +1128,7 @@ def draw_thing(rng, picture, shape, motion, place, radius, color, seconds):
     u, v = (x - center_x) / radius, (y - center_y) / radius
     u, v = u * np.cos(angle) - v * np.sin(angle), u * np.sin(angle) + v * np.cos(angle)
     inside = (0.5 - shape_distance(shape, u, v) * radius).clip(0, 1)[..., None]
-    return picture * (1 - inside) + inside * color, np.broadcast_to(inside[..., 0] > 0.5, (len(t), H, W))
+    return picture * (1 - inside) + inside * color, np.broadcast_to(inside[..., 0] > 0.5, (T, H, W))
 
 
 def demo_colors(rng, things):
@@ -1138,17 +1139,16 @@ def demo_colors(rng, things):
             return colors
 
 
-def draw_demo_video(shape, motion, seed):
+def draw_demo_video(shape, motion, seed, width=56, seconds=3):
     """One video: a thing that moves slowly before a plain background; uint8 (T, H, W, 3)."""
     rng = np.random.RandomState(seed)
     colors = demo_colors(rng, 1)
-    picture = draw_background(rng, colors[0])
-    radius = rng.uniform(13, 18)
-    picture, _ = draw_thing(rng, picture, shape, motion, (0.5, 0.5), radius, colors[1], DEMO["seconds"])
+    picture = draw_background(rng, colors[0], width, seconds)
+    picture, _ = draw_thing(rng, picture, shape, motion, (0.5, 0.5), rng.uniform(14.5, 18), colors[1])
     return picture.clip(0, 255).astype(np.uint8)
 
 
-def draw_demo_movie(seed):
+def draw_demo_movie(seed, width=72):
     """One movie of the demo's AVA part: two things, most of them moving.
 
     Returns uint8 (T, H, W, 3) and, for each of DEMO_AVA["times"], what is there: [(box, actions), ...], the box in
@@ -1157,16 +1157,16 @@ def draw_demo_movie(seed):
     rng = np.random.RandomState(seed)
     numbers = {name: number for number, name in DEMO_ACTIONS.items()}
     colors = demo_colors(rng, 2)
-    picture, things = draw_background(rng, colors[0]), [[] for _ in DEMO_AVA["times"]]
-    for place, color in zip((0.26, 0.74), colors[1:]):
+    picture = draw_background(rng, colors[0], width, DEMO_AVA["seconds"])
+    things = [[] for _ in DEMO_AVA["times"]]
+    for place, color in zip((0.28, 0.72), colors[1:]):
         shape, motion = rng.choice(DEMO_SHAPES), rng.choice(DEMO_MOTIONS)
-        radius = rng.uniform(10, 12)
-        picture, inside = draw_thing(rng, picture, shape, motion, (place, 0.5), radius, color, DEMO_AVA["seconds"])
+        picture, inside = draw_thing(rng, picture, shape, motion, (place, 0.5), rng.uniform(11, 13.5), color)
         actions = [numbers[name] for name in (shape, motion) if name in numbers]
         for there, second in zip(things, DEMO_AVA["times"]):
             rows, columns = (np.flatnonzero(inside[round((second - 900) * DEMO["fps"])].any(axis)) for axis in (1, 0))
-            box = columns[0] / DEMO["width"], rows[0] / DEMO["height"]
-            there.append(((*box, (columns[-1] + 1) / DEMO["width"], (rows[-1] + 1) / DEMO["height"]), actions))
+            corners = columns[0] / width, rows[0] / DEMO["height"]
+            there.append(((*corners, (columns[-1] + 1) / width, (rows[-1] + 1) / DEMO["height"]), actions))
     return picture.clip(0, 255).astype(np.uint8), things
 
 
@@ -1224,8 +1224,8 @@ def make_demo_videos(part, folder):
         for i in range(count):
             shape, motion = DEMO_SHAPES[i % 8], DEMO_MOTIONS[i // 8 % 6]  # every shape in every motion
             name = f"{split}{i:05d}"
-            lines.append([shape, name, 0, DEMO["seconds"], split])
-            path = folder / split / f"{name}_{0:06d}_{DEMO['seconds']:06d}.mp4"
+            lines.append([shape, name, 0, 3, split])
+            path = folder / split / f"{name}_000000_000003.mp4"
             tasks.append((str(path), shape, motion, stateless_seed(i, split == "val", part == "kinetics") % 2**32))
         if part == "kinetics":
             with open(folder / f"{split}.csv", "w", newline="") as file:

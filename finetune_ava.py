@@ -79,10 +79,9 @@ def parse_args(argv=None):
     add("--drop_path", type=float, help="chance that a clip skips the last block's branches; less in earlier blocks")
     add("--dropout", type=float, help="before the head")
     add("--layer_decay", type=float, help="learning rate of a layer as a share of the next one's")
-    add("--checkpoint_activations", action=switch, help="compute blocks twice: slower, far less memory")
     add("--eval", action="store_true", help="do not train: test the checkpoint in --init")
-    add("--test_crop", choices=("center", "full"), default="center",
-        help="short side 256 and the middle 224 x 224, or the whole frame at short side 256")  # fmt: skip
+    add("--test_crop", choices=("center", "full"),
+        help="short side 256 and the middle 224 x 224 (default), or the whole frame at short side 256")  # fmt: skip
     add("--score", metavar="CSV", help="do not train: score these detections by AVA's protocol; no model is needed")
     add("--ground_truth", metavar="CSV", help="to score against; default: the data set's")
     add("--action_list", metavar="PBTXT", help="the actions that count; default: the data set's")
@@ -108,6 +107,7 @@ def parse_args(argv=None):
         dropout=recipe["dropout"],
         layer_decay=recipe["layer-wise decay"],
         img_size=m.SIZES[size].get("img_size", 224),
+        test_crop="full" if dataset == "demo" else "center",
     )
     args = parser.parse_args(argv)
     m.settle(args, recipe, "finetune_ava")

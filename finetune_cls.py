@@ -90,7 +90,7 @@ def parse_args(argv=None):
     m.add_arguments(parser)
     data.add_arguments(parser)
     data.add_sampling_arguments(parser)
-    add, switch = parser.add_argument, argparse.BooleanOptionalAction
+    add = parser.add_argument
     add("--recipe", choices=RECIPES, help="default: ssv2 for ssv2, demo for vit_demo, else kinetics")
     add("--num_classes", type=int, help="default: the data set's, or as many as the training list names")
     add("--rand_augment", type=float, nargs=2, metavar=("MAGNITUDE", "DEVIATION"), help="magnitude of 10; 0 0: none")
@@ -102,7 +102,6 @@ def parse_args(argv=None):
     add("--dropout", type=float, help="before the head")
     add("--layer_decay", type=float, help="learning rate of a layer as a share of the next one's")
     add("--mask_start", type=float, default=0.0, help="share of tokens hidden at first, 0 at the end (Table 11)")
-    add("--checkpoint_activations", action=switch, help="compute blocks twice: slower, far less memory")
     add("--eval", action="store_true", help="do not train: test the checkpoint in --init")
     add("--views", help="clips x crops of a video to test on; default: 7x3 on Kinetics, 1x3 on SSv2")
     add("--save_scores", action="store_true", help="keep each test video's averaged scores, in scores.pt")

@@ -312,7 +312,11 @@ class VideoViT(nn.Module):
         at = position[:, 1:] if ids is None else F.embedding(ids, position[0, 1:])
         x = self.patch_embed(normalize(tubelets)) + at  # (B, V, D)
         x = torch.cat([(self.cls_token + position[:, :1]).expand(len(x), -1, -1), x], 1)  # (B, 1 + V, D)
-        for block in self.blocks:
+        return self.through(self.blocks, x, grid)
+
+    def through(self, blocks, x, grid):
+        """Tokens through blocks; with checkpoint_activations only what lies between blocks is kept to go backward."""
+        for block in blocks:
             if self.checkpoint_activations and self.training:
                 x = checkpoint(block, x, grid, use_reentrant=False)
             else:
@@ -359,8 +363,7 @@ class MAE(VideoViT):
         tokens = self.mask_token.to(x.dtype).expand(B, grid[0] * grid[1] * grid[2], C)
         x = tokens.scatter(1, visible[..., None].expand(B, V, C), x)  # visible tokens go back to their places
         x = torch.cat([self.decoder_cls_token.expand(B, 1, C), x], 1) + self.positions("decoder_", grid)
-        for block in self.decoder_blocks:
-            x = block(x)
+        x = self.through(self.decoder_blocks, x, grid)
         return self.decoder_pred(self.decoder_norm(x[:, 1:]))
 
     def target(self, tubelets):
@@ -650,6 +653,7 @@ def add_arguments(parser):
     add("--device", help="default: cuda if there is one, else cpu")
     add("--precision", choices=("bf16", "fp32"), help="default: bf16 autocast where the hardware has it")
     add("--compile", action=switch, help="torch.compile the model; default: on a GPU")
+    add("--checkpoint_activations", action=switch, help="compute blocks twice: slower, far less memory")
 
 
 def first_look(parser, argv, default="kinetics400"):

@@ -79,9 +79,9 @@ def matrix_rate(device, precision):
 # --------------------------------------------------------------------------------------------------------------- step
 
 
-def build(task, size, device="cpu"):
+def build(task, size, device="cpu", again=False):
     """The model of a stage, and a function of (video, mask_ratio, noise) that gives its loss."""
-    config = m.SIZES[size]
+    config = m.SIZES[size] | {"checkpoint_activations": again}
     with torch.device(device):
         if task == "pretrain":
             decoder = dict(decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=1) if size == "vit_demo" else {}
@@ -112,7 +112,7 @@ def matrix_attention(self, x, grid=None):
     return self.proj((weights @ v).transpose(1, 2).flatten(2))
 
 
-def run_step(task, size, ratio, clips, device, precision, compiled=False, attention=None):
+def run_step(task, size, ratio, clips, device, precision, compiled=False, attention=None, again=False):
     """Time forward + backward + optimizer; in a process of its own, whose memory tells. Prints nothing: a dict."""
     device = torch.device(device)
     if attention == "N x N":
@@ -121,7 +121,7 @@ def run_step(task, size, ratio, clips, device, precision, compiled=False, attent
         torch.set_float32_matmul_precision("high")
     rate = matrix_rate(device, precision)
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    model, loss_of = build(task, size, device)
+    model, loss_of = build(task, size, device, again)
     optimizer = torch.optim.AdamW(m.parameter_groups(model, 0.05), lr=1e-5, fused=True)
     if compiled:
         model.compile()
@@ -160,7 +160,6 @@ def report(name, flops, clips, row):
         f"{flops / 1e9:10.1f}{row['rate'] / 1e12:9.3f}{share:8.0%}",
         flush=True,
     )
-    return share
 
 
 def masked_schedule(times, start, steps=1000):
@@ -175,16 +174,19 @@ def benchmark_step(args):
     print(f"{args.model}, {args.clips} clips, {args.precision} on {args.device}{', compiled' if args.compile else ''}")
     print(f"{'forward + backward + optimizer':34}{'step':>11}{'clips/s':>9}{'memory':>13}{'GFLOP/clip':>12}", end="")
     print("  matrix TFLOP/s   share")
-    times, shares = {}, {}
+    times = {}
     for ratio in args.ratios:
         row = alone(run_step, "pretrain", args.model, ratio, args.clips, **setting)
         times[ratio] = row["seconds"]
         flops = step_flops("pretrain", args.model, ratio)
-        shares[ratio] = report(f"pre-train, {ratio:.0%} masked", flops, args.clips, row)
+        report(f"pre-train, {ratio:.0%} masked", flops, args.clips, row)
         if ratio == 0.9:
             matrix = alone(run_step, "pretrain", args.model, ratio, args.clips, attention="N x N", **setting)
             report("  with N x N attention", flops, args.clips, matrix)
-            print(f"  memory: {row['memory'] / matrix['memory']:.2f} of N x N attention's (bar: 0.5)")
+            again = alone(run_step, "pretrain", args.model, ratio, args.clips, again=True, **setting)
+            report("  with --checkpoint_activations", flops, args.clips, again)
+            both = ", ".join(f"{r['memory'] / matrix['memory']:.2f}" for r in (row, again))
+            print(f"  memory, as a share of N x N attention's, and so with --checkpoint_activations: {both}")
     if 0 in times and 0.9 in times:
         print(f"90 % masked is {times[0] / times[0.9]:.1f} x faster than none (paper: 4.1; bar for ViT-L: 4.5)")
     if args.finetune:
@@ -196,7 +198,6 @@ def benchmark_step(args):
         for start, paper in ((0.5, 1.2), (0.75, 1.3)):
             gain = times[0] / masked_schedule(times, start)
             print(f"whole fine-tuning, masked from {start:.0%} to 0: {gain:.2f} x (Table 11: {paper})")
-    return shares
 
 
 # --------------------------------------------------------------------------------------------------------------- data

@@ -679,9 +679,9 @@ def test_the_demos_boxes_are_on_its_things(movies):
     for second, boxes in zip(data.DEMO_AVA["times"], things):
         frame = frames[(second - 900) * data.DEMO["fps"]].astype(int)
         for (x1, y1, x2, y2), _ in boxes:
-            x1, y1, x2, y2 = round(x1 * 64), round(y1 * 48), round(x2 * 64), round(y2 * 48)
+            x1, y1, x2, y2 = round(x1 * 72), round(y1 * 48), round(x2 * 72), round(y2 * 48)
             thing = frame[y1:y2, x1:x2].reshape(-1, 3)
-            beyond = [frame[y, x] for y, x in ((y1 - 4, x1 - 4), (y2 + 3, x2 + 3)) if 0 <= y < 48 and 0 <= x < 64]
+            beyond = [frame[y, x] for y, x in ((y1 - 4, x1 - 4), (y2 + 3, x2 + 3)) if 0 <= y < 48 and 0 <= x < 72]
             share = [(abs(thing - colour).sum(1) > 150).mean() for colour in beyond]
             assert beyond and all(0.3 < x < 0.9 for x in share)
 

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import av
@@ -62,6 +63,21 @@ def test_without_flags_the_run_is_table_5a_with_vit_l():
     mae, config = mae_pretrain.build(args)
     assert len(mae.decoder_blocks) == 4 and mae.decoder_pred.out_features == 768 and config["num_heads"] == 16
     assert args.output_dir == "runs/mae_pretrain_kinetics400_vit_l"
+
+
+def test_blocks_computed_twice_change_neither_loss_nor_gradients():
+    results = []
+    for flag in ("", "--checkpoint_activations"):
+        torch.manual_seed(0)
+        mae, _ = mae_pretrain.build(parse(f"--model vit_demo {flag}"))
+        begun = []
+        for block in [*mae.blocks, *mae.decoder_blocks]:
+            block.register_forward_pre_hook(lambda block, _, begun=begun: begun.append(block))
+        loss, _, _ = mae(torch.randn(2, 3, 16, 32, 32), 0.9, torch.rand(2, 128))
+        loss.backward()
+        assert set(Counter(begun).values()) == {2 if flag else 1}
+        results.append((loss, *(parameter.grad for parameter in mae.parameters() if parameter.grad is not None)))
+    torch.testing.assert_close(*results)
 
 
 def test_pictures_of_a_model_lie_beside_it():
