@@ -1204,16 +1204,22 @@ def make_demo(part, folder="data/demo"):
     folder = Path(folder) / part
     version = folder / "VERSION"
     if not version.exists() or version.read_text() != DEMO_VERSION:
-        shutil.rmtree(folder, ignore_errors=True)
-        make_demo_ava(folder) if part == "ava" else make_demo_videos(part, folder)
-        version.write_text(DEMO_VERSION)
+        making = folder.with_name(f"{part}.making{os.getpid()}")  # two runs may make it at once: the first one's stays
+        make_demo_ava(making) if part == "ava" else make_demo_videos(part, making)
+        (making / "VERSION").write_text(DEMO_VERSION)
+        if folder.exists() and not (version.exists() and version.read_text() == DEMO_VERSION):
+            shutil.rmtree(folder, ignore_errors=True)
+        try:
+            making.rename(folder)
+        except OSError:
+            shutil.rmtree(making)
 
 
-def make_videos(write, tasks, folder):
+def make_videos(write, tasks):
     """Write videos with all cores; returns what `write` does, in the order of the tasks."""
     with Pool(os.cpu_count()) as pool:
         made = pool.imap(write, tasks, 8)
-        return list(tqdm(made, f"making the demo's videos in {folder}", len(tasks), mininterval=bar_interval()))
+        return list(tqdm(made, "making the demo's videos", len(tasks), mininterval=bar_interval()))
 
 
 def make_demo_videos(part, folder):
@@ -1230,7 +1236,7 @@ def make_demo_videos(part, folder):
         if part == "kinetics":
             with open(folder / f"{split}.csv", "w", newline="") as file:
                 csv.writer(file).writerows(lines)
-    make_videos(write_demo_video, tasks, folder)
+    make_videos(write_demo_video, tasks)
 
 
 def make_demo_ava(folder):
@@ -1238,7 +1244,7 @@ def make_demo_ava(folder):
     (folder / "annotations").mkdir()
     names = [f"{split}{i:04d}" for split in ("train", "val") for i in range(DEMO_AVA[split])]
     tasks = [(str(folder / "videos" / f"{name}.mp4"), stateless_seed(i, 2) % 2**32) for i, name in enumerate(names)]
-    movies = dict(zip(names, make_videos(write_demo_movie, tasks, folder)))
+    movies = dict(zip(names, make_videos(write_demo_movie, tasks)))
     for split in ("train", "val"):
         truth, detected, excluded, rng = [], [], [], np.random.RandomState(split == "val")
         for name in (name for name in names if name.startswith(split)):

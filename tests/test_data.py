@@ -458,7 +458,7 @@ def test_the_demos_unlabelled_videos_are_a_folder_and_none_of_the_labelled_ones(
 
 def test_a_shape_says_nothing_of_the_motion(tmp_path, monkeypatch):
     """Else a classifier could tell the demo's classes by how they move."""
-    monkeypatch.setattr(data, "make_videos", lambda write, tasks, folder: seen.extend(tasks))
+    monkeypatch.setattr(data, "make_videos", lambda write, tasks: seen.extend(tasks))
     seen = []
     data.make_demo_videos("kinetics", tmp_path)
     pairs = {(shape, motion) for path, shape, motion, _ in seen if "train" in path}
@@ -470,3 +470,18 @@ def test_sampling_leaves_the_other_devices_generators_alone(demo):
     dataset, kept = pretrain_dataset(demo), len(torch.cuda._queued_calls)
     dataset[0, 0]
     assert len(torch.cuda._queued_calls) == kept
+
+
+def test_two_runs_that_make_the_demo_at_once_leave_one_whole(tmp_path, monkeypatch):
+    monkeypatch.setitem(data.DEMO_VIDEOS, "kinetics", dict(train=8, val=2))
+    make = data.make_demo_videos
+
+    def meanwhile(part, folder):
+        make(part, folder)
+        monkeypatch.setattr(data, "make_demo_videos", make)
+        monkeypatch.setattr(os, "getpid", lambda: -1)
+        data.make_demo(part, tmp_path)  # the other run
+
+    monkeypatch.setattr(data, "make_demo_videos", meanwhile)
+    data.make_demo("kinetics", tmp_path)
+    assert os.listdir(tmp_path) == ["kinetics"] and len(data.find_videos(tmp_path / "kinetics")) == 8
