@@ -502,7 +502,8 @@ def test_training_learns_to_tell_four_videos_apart(tmp_path):
             path = tmp_path / split / motion / "a.mp4"
             path.parent.mkdir(parents=True)
             data.write_video(path, data.draw_demo_video("disc", motion, i), 15)
-    line = "--recipe demo --epochs 200 --batch_size 4 --lr 2e-3 --layer_decay 1 --crop 0.8 1 --label_smoothing 0 --data"
+    line = "--recipe demo --epochs 200 --batch_size 4 --lr 2e-3 --layer_decay 1 --crop 0.8 1 --label_smoothing 0"
+    line += " --mixup 0 --cutmix 0 --data"
     train(line, tmp_path, "--output_dir", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "results.json").read_text())["top1"] == 100
     assert entries(tmp_path / "out")[-1]["loss"] < 0.1
