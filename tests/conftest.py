@@ -2,6 +2,7 @@
 
 import csv
 import os
+import signal
 from fractions import Fraction
 from pathlib import Path
 
@@ -36,6 +37,15 @@ def noise_frames(n, height=48, width=64, seed=0):
     rng = np.random.RandomState(seed)
     small = rng.randint(0, 256, (n, 6, 8, 3))
     return small.repeat(-(-height // 6), 1).repeat(-(-width // 8), 2)[:, :height, :width].astype(np.uint8)
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """A run that a test breaks off leaves its handlers behind; processes that are forked later would outlast SIGTERM."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -275,7 +275,9 @@ def test_bad_input_is_told_what_to_do(line, error, demo, tmp_path, monkeypatch):
 def test_a_folder_of_broken_videos_ends_with_one_plain_line(workers, tmp_path):
     for name in ("a.mp4", "b.mp4"):
         (tmp_path / name).write_bytes(b"broken")
-    message = command(f"{SMALL} --data {tmp_path} --epochs 8 --batch_size 4 --output_dir {tmp_path}/out --num_workers {workers}")
+    message = command(
+        f"{SMALL} --data {tmp_path} --epochs 8 --batch_size 4 --output_dir {tmp_path}/out --num_workers {workers}"
+    )
     assert re.fullmatch(
         r"mae_pretrain.py: error: 20 videos in a row cannot be used, the last one .*: cannot be opened.*", message
     )
