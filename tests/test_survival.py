@@ -425,7 +425,7 @@ def test_the_shared_videos_give_clips_or_a_reason():
     args = mae_pretrain.parse_args(["--model", "vit_demo", "--data", "x"])[0]
     for i in range(len(videos)):
         sample = data.Views(videos, args, (1, 1))[i]
-        assert sample["video"].shape == (1, 16, 48, 48, 3) if "video" in sample else sample["failure"]
+        assert sample["video"].shape == (1, 16, 32, 32, 3) if "video" in sample else sample["failure"]
 
 
 def decode_again_and_again(times, folder):
