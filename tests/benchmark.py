@@ -17,7 +17,7 @@ What was tried for speed, and what it gave (2 CPU cores with AVX-512 bf16, unles
     mirrored in the same pass        "augment" of 4 Kinetics-size clips takes 10.7 ms instead of 14.8: 86 % of the floor,
                                      not 80
     one generator seeded a clip      torch.manual_seed also notes a stack trace for each device that is not in use:
-                                     a 32 x 32 demo clip in 1.4 ms instead of 1.7, and workers that do not grow
+                                     a 32 x 32 demo clip in 1.4 ms instead of 1.7
     fp32 for vit_demo                its matrices are too small for bf16 on a CPU: fine-tuning 73 clips/s instead of 53
     GELU computed twice              stays out: 6 % less memory of a ViT-B step, no slower; inductor does it by itself
     smaller mmap threshold           stays out: memory goes back earlier, and the step takes 17 % longer
