@@ -50,7 +50,7 @@ DEMO = AVA | {  # vit_demo, minutes on two CPU cores: too few steps for SGD, and
     "weight decay": 0.05,
     "learning rate": 2e-3,
     "warmup epochs": 5,
-    "epochs": 80,
+    "epochs": 40,
     "batch size": 8,
     "drop path": 0.1,
     "dropout": 0.0,

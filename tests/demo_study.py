@@ -26,7 +26,7 @@ SEEDS = 0, 1, 2
 RATES = 1e-3, 2e-3, 4e-3  # what is searched, for both sides alike: learning rate,
 DECAYS = 1.0, 0.75  # layer-wise decay
 PROBE_RATES = 1e-2, 3e-2
-LENGTHS = {"finetune_cls": (48, 96), "finetune_ava": (40, 80)}  # and epochs: the longer for the two best
+LENGTHS = {"finetune_cls": (48, 96), "finetune_ava": (20, 40)}  # and epochs: the longer for the two best
 
 
 class Study:
