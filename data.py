@@ -538,8 +538,7 @@ class Clips(torch.utils.data.Dataset):
 class Views(torch.utils.data.Dataset):
     """Clips to test on: K clips evenly over the video x S crops along its longer side (K x 3 in Tables 7 and 9).
 
-    Indexed by the place in the list. A sample is a dict: video uint8 (K * S, T, H, W, 3), label (1,), index (1,), or
-    a reason in "failure" and no video.
+    A sample is a dict: index, and video uint8 (K * S, T, H, W, 3), or the reason why there is none in "failure".
     """
 
     def __init__(self, videos, args, views):
@@ -564,9 +563,6 @@ class Views(torch.utils.data.Dataset):
         return [(shift, 0, short, short) if height > width else (0, shift, short, short) for shift in shifts]
 
     def __getitem__(self, index):
-        sample = {"index": torch.tensor([index])}
-        if self.videos.labels is not None:
-            sample["label"] = torch.tensor([int(self.videos.labels[index])])
         try:
             with Video(self.videos.path(index)) as video:
                 times = self.times(video.duration)
@@ -577,8 +573,8 @@ class Views(torch.utils.data.Dataset):
                 size = (self.img_size, self.img_size)
                 clips += [to_clip(clip, size, box) for box in self.boxes(*upright_size(clip[0]))]
         except VideoError as error:
-            return sample | {"failure": str(error)}
-        return sample | {"video": torch.stack(clips)}
+            return {"index": index, "failure": str(error)}
+        return {"index": index, "video": torch.stack(clips)}
 
 
 def with_replacement(dataset, epoch, index):
@@ -809,10 +805,9 @@ class Keyframes:
         moment = table[:, 0] * 1e6 + table[:, 1]  # one number, for np.isin
         number = {name: i for i, name in enumerate(self.names)}
         banned = [number[name] * 1e6 + second for name, second in excluded if name in number]
+        missing = [i for i, path in enumerate(self.paths) if path is None]
         out = {
-            "of movies that are missing": np.array([path is None for path in self.paths], dtype=bool)[
-                table[:, 0].astype(int)
-            ],
+            "of movies that are missing": np.isin(table[:, 0], missing),
             f"outside the seconds {span[0]} to {span[1]}": (table[:, 1] < span[0]) | (table[:, 1] > span[1]),
             "at excluded time stamps": np.isin(moment, banned),
         }
@@ -907,7 +902,10 @@ class KeyframeClips(torch.utils.data.Dataset):
 
 
 class KeyframeViews(torch.utils.data.Dataset):
-    """Clips around keyframes to test on. A sample is a dict: index, video uint8 (T, H, W, 3), boxes (K, 4) in pixels.
+    """Clips around keyframes to test on.
+
+    A sample is a dict: index, and video uint8 (T, H, W, 3) and boxes (K, 4) in its pixels, or the reason why there are
+    none in "failure".
 
     center: short side 256, the middle 224 x 224. full: the whole frame at short side 256, at which persons are as large
     as in the center crop and as in training; rounded to whole patches, so that nothing of it is dropped. All boxes are
@@ -1029,6 +1027,26 @@ def each(loader):
         raise InputError(str(error).strip().splitlines()[-1].removeprefix("data.VideoError: ")) from None
 
 
+def each_once(views, args, rank, world, function):
+    """Call function(sample) for each of the views to test on, once, whatever the number of processes.
+
+    Returns what it gave, {index: value} in the order of the indices, and [(index, reason)] of those that cannot be
+    read; on all processes.
+    """
+    workers = default_workers() if args.num_workers is None else args.num_workers
+    mine = range(rank, len(views), world)
+    loader = torch.utils.data.DataLoader(views, sampler=mine, batch_size=None, num_workers=workers)
+    values, failures = {}, []
+    for sample in tqdm(each(loader), "test", len(mine), disable=rank > 0, mininterval=bar_interval()):
+        if "failure" in sample:
+            failures.append((sample["index"], sample["failure"]))
+        else:
+            values[sample["index"]] = function(sample)
+    reports = gather((values, failures))
+    values = {index: value for report in reports for index, value in report[0].items()}
+    return dict(sorted(values.items())), sorted(failure for report in reports for failure in report[1])
+
+
 class Failures:
     """Counts the videos that failed, names each once in failures.log, stops when there are more than `limit`."""
 
@@ -1073,11 +1091,7 @@ def shape_distance(shape, x, y):
     """Signed distance, about, from the outline of a shape of size 1; below 0 inside."""
 
     def box(left, top, right, bottom):
-        beyond_x, beyond_y = (
-            abs(x - (left + right) / 2) - (right - left) / 2,
-            abs(y - (top + bottom) / 2) - (bottom - top) / 2,
-        )
-        return np.maximum(beyond_x, beyond_y)
+        return np.maximum(np.maximum(left - x, x - right), np.maximum(top - y, y - bottom))
 
     if shape == "disc":
         return np.hypot(x, y) - 0.9

@@ -15,7 +15,6 @@ relative positions, has 35.9 mAP on center crops and 36.8 on full frames (Table 
 import argparse
 import contextlib
 import csv
-import functools
 import json
 import math
 import sys
@@ -27,7 +26,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
 import data
 import model as m
@@ -188,32 +186,19 @@ def keyframes_of(args, split):
 
 def train(args, recipe):
     device, rank, world = m.start_process(args.device)
-    say = functools.partial(print, flush=True) if rank == 0 else lambda *_: None
     out = Path(args.output_dir)
 
     # Data
     args.data = data.locate(args, rank, "ava")
-    with quiet(rank):
-        keyframes, held_out = keyframes_of(args, "train"), keyframes_of(args, "val")
+    keyframes, held_out = keyframes_of(args, "train"), keyframes_of(args, "val")
     actions = data.read_action_list(files_of(args, "val")["action list"])
     steps, micro_batch, micro_steps = m.plan(args, keyframes, world, MICRO_BATCH.get(args.model))
 
     # Model and optimizer, new or as the run left them
     torch.manual_seed(args.seed)
     detector, config = build(args)
-    checkpoint = m.find_run("finetune_ava", args)
-    if checkpoint:
-        detector.load_state_dict(checkpoint["model"])
-    elif args.init:
-        m.start_from(detector, args.init)
-    else:
-        say("no --init: training from scratch")
-    detector.to(device)
-    optimizer = m.make_optimizer(recipe, detector, args, args.layer_decay)
-    start = 0
-    if checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        start = checkpoint["step"]
+    optimizer, checkpoint = m.prepare("finetune_ava", detector, recipe, args, device, args.layer_decay)
+    start = checkpoint["step"] if checkpoint else 0
     ddp = m.parallel(detector, args, device, world)
     autocast = m.autocast_of(args, device)
     m.announce(args, detector, keyframes, device, world, steps, micro_batch, checkpoint)
@@ -252,24 +237,11 @@ def train(args, recipe):
         optimizer.zero_grad()
 
         if log.step(loss, norm, lr=lr):
-            log.save(
-                model=detector.state_dict(),
-                optimizer=optimizer.state_dict(),
-                stage="finetune_ava",
-                config=config,
-                actions=actions,
-            )
+            log.save("finetune_ava", detector, optimizer, config=config, actions=actions)
     log.close()
-    if failures.known:
-        say(f"{len(failures.known)} of {len(keyframes)} keyframes could not be used; {failures.log} says which and why")
     test(detector, held_out, actions, args, device, rank, world)
-    say(f"{out}: checkpoint.pt, log.jsonl, args.json, results.json, detections.csv, pictures/")
-    say(f"next: python finetune_ava.py --predict VIDEO --boxes CSV --init {out / 'checkpoint.pt'}")
-
-
-def quiet(rank):
-    """Only process 0 prints what is reported inside."""
-    return contextlib.nullcontext() if rank == 0 else contextlib.redirect_stdout(None)
+    print(f"{out}: checkpoint.pt, log.jsonl, args.json, results.json, detections.csv, pictures/")
+    print(f"next: python finetune_ava.py --predict VIDEO --boxes CSV --init {out / 'checkpoint.pt'}")
 
 
 # ----------------------------------------------------------------------------------------------------- the figure
@@ -366,24 +338,13 @@ def scores_of(detector, sample, device, autocast):
 
 
 def detect(detector, keyframes, args, device, rank, world):
-    """Scores of every box of every keyframe, each once, whatever the number of processes; on process 0.
+    """Scores of every box of every keyframe, each once, whatever the number of processes.
 
     Returns {index: (K, 80)}, [(index, reason)] of keyframes that cannot be read.
     """
     detector.eval()
-    mine = range(rank, len(keyframes), world)
-    workers = data.default_workers() if args.num_workers is None else args.num_workers
-    views = data.KeyframeViews(keyframes, args, detector.patch_size)
-    loader = torch.utils.data.DataLoader(views, sampler=mine, batch_size=None, num_workers=workers)
-    scores, failures = {}, []
-    for sample in tqdm(data.each(loader), "test", len(mine), disable=rank > 0, mininterval=m.bar_interval()):
-        if "failure" in sample:
-            failures.append((sample["index"], sample["failure"]))
-        else:
-            scores[sample["index"]] = scores_of(detector, sample, device, m.autocast_of(args, device))
-    reports = m.gather((scores, failures))
-    scores = {index: values for report in reports for index, values in report[0].items()}
-    return dict(sorted(scores.items())), sorted(failure for report in reports for failure in report[1])
+    views, autocast = data.KeyframeViews(keyframes, args, detector.patch_size), m.autocast_of(args, device)
+    return data.each_once(views, args, rank, world, lambda sample: scores_of(detector, sample, device, autocast))
 
 
 def write_detections(path, keyframes, scores, actions):
@@ -423,27 +384,16 @@ def test(detector, keyframes, actions, args, device, rank, world):
 
 def restore(args):
     """The detector in --init and the names of its actions or None; clips will be as it was trained to see them."""
-    if not args.init:
-        raise m.InputError(f"{'--eval' if args.eval else '--predict'} needs --init CHECKPOINT: the detector")
-    checkpoint = m.read_checkpoint(args.init)
-    if isinstance(checkpoint, dict) and checkpoint.get("stage") == "finetune_ava":
-        detector = m.Detector(**checkpoint["config"])
-        for name in ("num_frames", "sampling_rate", "img_size"):
-            setattr(args, name, checkpoint["args"][name])
-    else:
-        detector, checkpoint = build(args)[0], {}
-    missing = m.load_pretrained(detector, args.init)["not found"]
-    if missing:
-        raise m.InputError(f"{args.init}: has no {missing[0]} of a detector; give a checkpoint of this stage")
+    seen = "num_frames", "sampling_rate", "img_size"
+    detector, checkpoint = m.restore("finetune_ava", args, m.Detector, lambda args: build(args)[0], seen)
     return detector, checkpoint.get("actions")
 
 
 def evaluate(args):
     device, rank, world = m.start_process(args.device)
     args.data = data.locate(args, rank, "ava")
-    with quiet(rank):
-        detector, _ = restore(args)
-        keyframes = keyframes_of(args, "val")
+    detector, _ = restore(args)
+    keyframes = keyframes_of(args, "val")
     actions = data.read_action_list(files_of(args, "val")["action list"])
     test(detector.to(device), keyframes, actions, args, device, rank, world)
 

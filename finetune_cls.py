@@ -22,7 +22,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import data
 import model as m
@@ -157,7 +156,6 @@ def build(args, num_classes):
 
 def train(args, recipe):
     device, rank, world = m.start_process(args.device)
-    say = functools.partial(print, flush=True) if rank == 0 else lambda *_: None
     out = Path(args.output_dir)
 
     # Data
@@ -176,19 +174,8 @@ def train(args, recipe):
     # Model and optimizer, new or as the run left them
     torch.manual_seed(args.seed)
     classifier, config = build(args, count)
-    checkpoint = m.find_run("finetune_cls", args)
-    if checkpoint:
-        classifier.load_state_dict(checkpoint["model"])
-    elif args.init:
-        m.start_from(classifier, args.init)
-    else:
-        say("no --init: training from scratch")
-    classifier.to(device)
-    optimizer = m.make_optimizer(recipe, classifier, args, args.layer_decay)
-    start = 0
-    if checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        start = checkpoint["step"]
+    optimizer, checkpoint = m.prepare("finetune_cls", classifier, recipe, args, device, args.layer_decay)
+    start = checkpoint["step"] if checkpoint else 0
     ddp = m.parallel(classifier, args, device, world)
     autocast = m.autocast_of(args, device)
     m.announce(args, classifier, videos, device, world, steps, micro_batch, checkpoint)
@@ -229,19 +216,11 @@ def train(args, recipe):
         optimizer.zero_grad()
 
         if log.step(loss, norm, lr=lr, mask_ratio=mask_ratio):
-            log.save(
-                model=classifier.state_dict(),
-                optimizer=optimizer.state_dict(),
-                stage="finetune_cls",
-                config=config,
-                class_names=classes,
-            )
+            log.save("finetune_cls", classifier, optimizer, config=config, class_names=classes)
     log.close()
-    if failures.known:
-        say(f"{len(failures.known)} of {len(videos)} videos could not be used; {failures.log} says which and why")
     test(classifier, held_out, args, device, rank, world, classes)
-    say(f"{out}: checkpoint.pt, log.jsonl, args.json, results.json")
-    say(f"next: python finetune_cls.py --predict VIDEO --init {out / 'checkpoint.pt'}")
+    print(f"{out}: checkpoint.pt, log.jsonl, args.json, results.json")
+    print(f"next: python finetune_cls.py --predict VIDEO --init {out / 'checkpoint.pt'}")
 
 
 def mask_ratio_at(step, steps, start):
@@ -285,33 +264,20 @@ def test(classifier, videos, args, device, rank, world, classes):
     A video that cannot be read counts as wrong, and is reported. Returns the results, on process 0.
     """
     classifier.eval()
-    mine = range(rank, len(videos), world)
-    loader = torch.utils.data.DataLoader(
-        data.Views(videos, args, args.views),
-        sampler=mine,
-        batch_size=None,
-        num_workers=data.default_workers() if args.num_workers is None else args.num_workers,
+    views, autocast = data.Views(videos, args, args.views), m.autocast_of(args, device)
+    scores, failures = data.each_once(
+        views, args, rank, world, lambda sample: scores_of(classifier, sample["video"], device, autocast)
     )
-    scores, failures = {}, []
-    for sample in tqdm(data.each(loader), "test", len(mine), disable=rank > 0, mininterval=m.bar_interval()):
-        index = sample["index"].item()
-        if "failure" in sample:
-            failures.append((index, sample["failure"]))
-        else:
-            scores[index] = scores_of(classifier, sample["video"], device, m.autocast_of(args, device))
-    reports = m.gather((scores, failures))
     if rank > 0:
         return None
-    scores = {index: score for report in reports for index, score in report[0].items()}
-    failures = [failure for report in reports for failure in report[1]]
     for index, reason in failures:
         print(f"counted as wrong: {videos.path(index)}: {reason}")
     ranks = [int((score > score[videos.labels[index]]).sum()) for index, score in scores.items()]
-    views = "x".join(map(str, args.views))
+    shape = "x".join(map(str, args.views))
     results = dict(
         top1=100 * sum(place < 1 for place in ranks) / len(videos),
         top5=100 * sum(place < 5 for place in ranks) / len(videos),
-        views=views,
+        views=shape,
         videos=len(videos),
         unreadable=len(failures),
         init=args.init,
@@ -320,41 +286,24 @@ def test(classifier, videos, args, device, rank, world, classes):
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(results, indent=1))
     if args.save_scores:
-        indices = sorted(scores)
-        torch.save(
-            {
-                "scores": torch.stack([scores[index] for index in indices]),
-                "labels": torch.from_numpy(videos.labels[indices]),
-                "paths": [videos.path(index) for index in indices],
-                "class_names": classes,
-            },
-            out / "scores.pt",
-        )
-    print(f"top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} % on {len(videos)} videos, {views} views each")
+        kept = dict(scores=torch.stack(list(scores.values())), labels=torch.from_numpy(videos.labels[list(scores)]))
+        kept |= dict(paths=[videos.path(index) for index in scores], class_names=classes)
+        torch.save(kept, out / "scores.pt")
+    print(f"top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} % on {len(videos)} videos, {shape} views each")
     return results
 
 
 def restore(args):
     """The classifier in --init and its class names or None; clips will be sampled as it was trained to see them."""
-    if not args.init:
-        raise m.InputError(f"{'--eval' if args.eval else '--predict'} needs --init CHECKPOINT: the classifier")
-    checkpoint = m.read_checkpoint(args.init)
-    if isinstance(checkpoint, dict) and checkpoint.get("stage") == "finetune_cls":
-        classifier = m.Classifier(**checkpoint["config"])
-        for name in ("num_frames", "sampling_rate", "img_size", "segments"):
-            setattr(args, name, checkpoint["args"][name])
-    else:
+
+    def from_elsewhere(args):
         count = args.num_classes or CLASSES.get(args.dataset)
         if not count:
-            raise m.InputError(
-                f"{args.init}: not a checkpoint of this stage; say how many classes it has: --num_classes"
-            )
-        classifier = build(args, count)[0]
-    missing = m.load_pretrained(classifier, args.init)["not found"]
-    if missing:
-        raise m.InputError(
-            f"{args.init}: has no {missing[0]} for {classifier.head.out_features} classes; give a classifier"
-        )
+            raise m.InputError(f"{args.init}: not a checkpoint of this stage; --num_classes says how many it knows")
+        return build(args, count)[0]
+
+    seen = "num_frames", "sampling_rate", "img_size", "segments"
+    classifier, checkpoint = m.restore("finetune_cls", args, m.Classifier, from_elsewhere, seen)
     return classifier, checkpoint.get("class_names")
 
 

@@ -109,7 +109,6 @@ def build(args):
 
 def train(args, recipe):
     device, rank, world = m.start_process(args.device)
-    say = functools.partial(print, flush=True) if rank == 0 else lambda *_: None
     out = Path(args.output_dir)
 
     # Data
@@ -121,17 +120,8 @@ def train(args, recipe):
     torch.manual_seed(args.seed)
     mae, config = build(args)
     m.num_visible(mae.grid, args.mask_ratio, args.masking)  # says what is wrong with a ratio before anything starts
-    checkpoint = m.find_run("mae_pretrain", args)
-    if checkpoint:
-        mae.load_state_dict(checkpoint["model"])
-    elif args.init:
-        m.load_pretrained(mae, args.init)
-    mae.to(device)
-    optimizer = m.make_optimizer(recipe, mae, args)
-    start = 0
-    if checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        start = checkpoint["step"]
+    optimizer, checkpoint = m.prepare("mae_pretrain", mae, recipe, args, device)
+    start = checkpoint["step"] if checkpoint else 0
     ddp = m.parallel(mae, args, device, world)
     autocast = m.autocast_of(args, device)
     m.announce(args, mae, videos, device, world, steps, micro_batch, checkpoint)
@@ -164,12 +154,7 @@ def train(args, recipe):
         optimizer.zero_grad()
 
         if log.step(loss, norm, lr=lr):
-            log.save(
-                model=mae.state_dict(),
-                optimizer=optimizer.state_dict(),
-                stage="mae_pretrain",
-                config=config,
-            )
+            log.save("mae_pretrain", mae, optimizer, config=config)
     log.close()
 
     if rank == 0:
@@ -177,10 +162,8 @@ def train(args, recipe):
         shown = min(4, len(held_out))
         paths = [held_out.path(i * len(held_out) // shown) for i in range(shown)]
         visualize(mae, paths, out / "reconstructions", args, device)
-        say(f"{out}: checkpoint.pt, log.jsonl, args.json, reconstructions/")
-        if failures.known:
-            say(f"{len(failures.known)} of {len(videos)} videos could not be used; {failures.log} says which and why")
-        say(f"next: python mae_pretrain.py --visualize VIDEO --init {out / 'checkpoint.pt'}")
+        print(f"{out}: checkpoint.pt, log.jsonl, args.json, reconstructions/")
+        print(f"next: python mae_pretrain.py --visualize VIDEO --init {out / 'checkpoint.pt'}")
 
 
 # ------------------------------------------------------------------------------------------------------- pictures
@@ -256,14 +239,8 @@ def main():
     args, recipe = parse_args()
     if not args.visualize:
         return train(args, recipe)
-    if not args.init:
-        raise m.InputError("--visualize needs --init CHECKPOINT: the model to show")
     device, _, _ = m.start_process(args.device)
-    checkpoint = m.read_checkpoint(args.init)
-    mae = m.MAE(**checkpoint["config"]) if checkpoint.get("stage") == "mae_pretrain" else build(args)[0]
-    missing = m.load_pretrained(mae, args.init)["not found"]
-    if missing:
-        raise m.InputError(f"{args.init}: no decoder in it ({missing[0]} is missing); give a pre-training checkpoint")
+    mae, _ = m.restore("mae_pretrain", args, m.MAE, lambda args: build(args)[0])
     visualize(mae.to(device), args.visualize, Path(args.output_dir) / "visualize", args, device)
 
 

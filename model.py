@@ -15,6 +15,8 @@ D the width of the encoder. Parameter names are those of the released code, so i
 """
 
 import argparse
+import contextlib
+import ctypes
 import functools
 import json
 import math
@@ -549,7 +551,7 @@ def load_pretrained(model, path):
 
 
 def start_from(model, path):
-    """Load weights to fine-tune from; a head that is new starts near zero, so that the first steps keep the encoder."""
+    """Load weights to train on from; a head that is new starts near zero, so that the first steps keep the encoder."""
     if "head.weight" in load_pretrained(model, path)["not found"]:
         nn.init.trunc_normal_(model.head.weight, std=2e-5)
 
@@ -584,6 +586,45 @@ def make_optimizer(recipe, model, args, layer_decay=1.0):
     return recipe["optimizer"](groups, lr=args.lr, fused=fused, **momentum)
 
 
+def prepare(stage, model, recipe, args, device, layer_decay=1.0):
+    """Weights and optimizer to train with: as the run in args.output_dir left them, or new, from --init or at random.
+
+    Puts the model on the device. Returns the optimizer, and the checkpoint that the run goes on from or None.
+    """
+    checkpoint = find_run(stage, args)
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+    elif args.init:
+        start_from(model, args.init)
+    else:
+        print("no --init: training from scratch")
+    optimizer = make_optimizer(recipe, model.to(device), args, layer_decay)
+    if checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    return optimizer, checkpoint
+
+
+def restore(stage, args, kind, build, seen=()):
+    """The trained model in --init, of class `kind`: built as a checkpoint of the stage says, else as build(args) does.
+
+    seen: the arguments on how it was trained to see clips; they become those of the checkpoint. Returns the model, and
+    the checkpoint or {}. Raises InputError where a weight is missing.
+    """
+    if not args.init:
+        flag = next(name for name in ("visualize", "predict", "eval") if vars(args).get(name))
+        raise InputError(f"--{flag} needs --init CHECKPOINT: the {kind.__name__} to use")
+    checkpoint = read_checkpoint(args.init)
+    if isinstance(checkpoint, dict) and checkpoint.get("stage") == stage:
+        model = kind(**checkpoint["config"])
+        vars(args).update((name, checkpoint["args"][name]) for name in seen)
+    else:
+        model, checkpoint = build(args), {}
+    missing = load_pretrained(model, args.init)["not found"]
+    if missing:
+        raise InputError(f"{args.init}: has no {missing[0]} of a {kind.__name__}; give a checkpoint of {stage}")
+    return model, checkpoint
+
+
 def cosine_decay(epoch, lr, warmup_epochs, epochs):
     """Linear warm-up, then half a cosine to 0; epochs are effective and may be fractions (Tables 5 and 6)."""
     if epoch < warmup_epochs:
@@ -607,8 +648,14 @@ class Stopped(Exception):
 
 
 def run_stage(main):
-    """Run a stage's main function. Whatever ends it on purpose, or is the user's to mend, is said in one line."""
+    """Run a stage's main function. Whatever ends it on purpose, or is the user's to mend, is said in one line.
+
+    Of several processes, number 0 prints for all; errors are said by each.
+    """
     name = Path(sys.argv[0]).name
+    if os.environ.get("RANK", "0") != "0":
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.stdout.reconfigure(line_buffering=True)  # also into a file or a pipe
     try:
         main()
     except Stopped as stop:
@@ -702,15 +749,23 @@ def start_process(device=None):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32, where autocast does not apply
+    else:
+        keep_memory()
     if world > 1 and not dist.is_initialized():
         store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        if (
-            os.environ.get("GROUP_WORLD_SIZE") == "1"
-        ):  # torchrun keeps its store, and what the dead wrote, as it restarts
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun's store outlives a restart, with what the dead wrote
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     return device, int(os.environ.get("RANK", 0)), world
+
+
+def keep_memory():
+    """Let this process keep memory that it frees, for the next step: on a CPU, pages that come anew cost up to 20 %."""
+    with contextlib.suppress(AttributeError, OSError):  # where the C library is not glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: bytes from which a tensor is mapped, and unmapped, by itself
+        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: bytes that are kept beyond what is in use
 
 
 def gather(value):
@@ -819,9 +874,9 @@ def announce(args, model, videos, device, world, steps, micro_batch, run):
     unit, passes = videos.unit, args.epochs / args.repeats
     print(f"{videos.source}: {len(videos)} {unit}; {args.epochs:g} effective epochs are {passes:g} passes over it")
     print(f"{steps} steps of {args.batch_size} {unit}, {args.repeats} clips each; learning rate {args.lr:.3g}")
-    print(f"{world} processes, {micro_batch} {unit} at once on each", flush=True)
+    print(f"{world} processes, {micro_batch} {unit} at once on each")
     if run:
-        print(f"{out}: going on after step {run['step']}", flush=True)
+        print(f"{out}: going on after step {run['step']}")
         if run["videos"] != videos.digest:
             print(f"warning: the list of videos is another one than before: {run['videos']}, now {videos.digest}")
 
@@ -833,7 +888,7 @@ def find_checkpoint(folder):
         try:
             return read_checkpoint(path)
         except InputError as error:
-            print(f"warning: {error}", flush=True)
+            print(f"warning: {error}")
     if paths:
         raise InputError(f"{folder}: no checkpoint in it can be read; --no-resume starts anew")
     return None
@@ -997,17 +1052,16 @@ class Log:
     def close(self):
         self.bar.close()
         self.stop.close()
+        if self.failures.known:
+            unusable = f"{len(self.failures.known)} of {len(self.videos)} {self.videos.unit} could not be used"
+            print(f"{unusable}; {self.failures.log} says which and why")
 
-    def save(self, **content):
+    def save(self, stage, model, optimizer, **more):
         """Write a checkpoint, by process 0, and stop where that was asked for: raises Stopped, on all processes."""
         if self.main:
-            save_checkpoint(
-                self.args.output_dir,
-                **content,
-                step=self.done,
-                args=vars(self.args),
-                videos=self.videos.digest,
-            )
+            content = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), stage=stage, step=self.done)
+            content |= dict(args=vars(self.args), videos=self.videos.digest)
+            save_checkpoint(self.args.output_dir, **content, **more)
         if self.stopping and self.done < self.steps:
             gather(None)  # none leaves before the file is there: a launcher ends the rest when one has left
             raise Stopped(

@@ -142,13 +142,14 @@ MASKED_FINETUNING = {0: (84.4, 1.0), 0.5: (84.1, 1.2), 0.75: (83.8, 1.3)}  # Tab
 
 
 def ablations(study, epochs):
-    """Short pre-trainings that differ in one thing, each fine-tuned with the demo's recipe."""
+    """Short pre-trainings that differ in one thing, each fine-tuned for half as long as the demo's recipe says."""
+    short = LENGTHS["finetune_cls"][0]
 
     def both(flags):
-        name = "_".join(f"{key}{value}" for key, value in flags.items()) or "plain"
-        init = study.pretrain(f"epochs{epochs}_{name}", epochs=epochs, **flags)
-        pretraining = study.start("mae_pretrain", f"epochs{epochs}_{name}").result()
-        runs = [study.start("finetune_cls", f"{name}_{epochs}_seed{s}", init=init, seed=s) for s in SEEDS[:2]]
+        name = f"epochs{epochs}_" + ("_".join(f"{key}{value}" for key, value in flags.items()) or "plain")
+        init = study.pretrain(name, epochs=epochs, **flags)
+        pretraining = study.start("mae_pretrain", name).result()
+        runs = [study.start("finetune_cls", f"from_{name}_seed{s}", init=init, seed=s, epochs=short) for s in SEEDS]
         return [run.result()["top1"] for run in runs], pretraining
 
     waiting = concurrent.futures.ThreadPoolExecutor(32)  # only wait: the runs share the study's own pool

@@ -366,7 +366,7 @@ def test_views_cover_the_video_and_touch_both_edges(demo):
     assert data.Views(videos, clip_args(), (1, 1)).boxes(240, 320) == [(0, 40, 240, 240)]
     assert data.Views(videos, clip_args(), (1, 1)).times(10.0)[0][0] == pytest.approx((10 - 64 / 30) / 2)
     sample = views[0]
-    assert sample["video"].shape == (21, 16, 32, 32, 3) and sample["label"].item() == videos.labels[0]
+    assert sample["video"].shape == (21, 16, 32, 32, 3)
 
 
 def test_scores_are_averaged_after_the_softmax():
@@ -572,9 +572,9 @@ def test_predict_prints_the_five_likeliest_classes(run, labelled, capsys):
         ("--eval --data LABELLED", r"--eval needs --init CHECKPOINT"),
         (
             "--eval --data LABELLED --num_classes 8 --init MAE",
-            r"mae.pt: has no head.weight for 8 classes; give a classifier",
+            r"mae.pt: has no head.weight of a Classifier; give a checkpoint of finetune_cls",
         ),
-        ("--eval --data LABELLED --init MAE", r"say how many classes it has: --num_classes"),
+        ("--eval --data LABELLED --init MAE", r"--num_classes says how many"),
     ],
 )
 def test_bad_input_is_told_what_to_do(line, error, run, labelled, tmp_path, monkeypatch):
