@@ -15,8 +15,6 @@ D the width of the encoder. Parameter names are those of the released code, so i
 """
 
 import argparse
-import contextlib
-import ctypes
 import functools
 import json
 import math
@@ -749,8 +747,6 @@ def start_process(device=None):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32, where autocast does not apply
-    else:
-        keep_memory()
     if world > 1 and not dist.is_initialized():
         store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun's store outlives a restart, with what the dead wrote
@@ -758,14 +754,6 @@ def start_process(device=None):
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     return device, int(os.environ.get("RANK", 0)), world
-
-
-def keep_memory():
-    """Let this process keep memory that it frees, for the next step: on a CPU, pages that come anew cost up to 20 %."""
-    with contextlib.suppress(AttributeError, OSError):  # where the C library is not glibc
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: bytes from which a tensor is mapped, and unmapped, by itself
-        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: bytes that are kept beyond what is in use
 
 
 def gather(value):
