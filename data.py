@@ -11,7 +11,8 @@ Read from top to bottom:
     pictures     PNG and H.264 files of what a model does
 
 A sample follows from (seed, epoch, index, repeat) alone: the number of workers or processes changes nothing of it,
-and a run that is taken up again needs no generator states.
+and a run that is taken up again needs no generator states. Here, an epoch is a pass over the list; in arguments and
+tables it is an effective one, of which a pass holds --repeats.
 """
 
 import argparse
@@ -46,7 +47,7 @@ FPS = 30  # what sampling rates count in: a clip of 16 frames, every 4th of 30 a
 READ_THROUGH = 10.0  # seconds between wanted frames above which a new seek is cheaper than reading on
 ATTEMPTS = 20  # videos tried in place of one that fails, before the sample is given up
 SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp", ".ts")
-SPLITS = {"train": ("train",), "val": ("val", "validate", "validation"), "test": ("test",)}  # their names on disk
+SPLITS = {"train": ("train",), "val": ("val", "validate", "validation")}  # their names on disk
 
 LAYOUTS = """\
   DATA/train.csv                     a list: 'path label' lines (space or comma), paths relative to the list; or the
@@ -69,7 +70,7 @@ def add_arguments(parser):
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--data", help="list or folder of videos, see below (default: data/DATASET)")
     add("--videos", metavar="FOLDER", help="where the videos of a list lie, if not beside it")
-    add("--hflip", action=switch, help="mirror every other clip; not on SSv2, whose labels know left from right")
+    add("--hflip", action=switch, help="mirror half of the clips; not on SSv2, whose labels know left from right")
     add("--num_frames", type=int, default=16, help="frames in a clip")
     add(
         "--sampling_rate",
@@ -93,11 +94,14 @@ def add_sampling_arguments(parser):
 
 def locate(args, rank, part):
     """Where the data set is: args.data, or data/DATASET; the demo's part is made if need be, by one process."""
-    if args.dataset == "demo" and args.data is None:
-        if rank == 0:
-            make_demo(part)
-        gather(None)  # the others wait until it is there
-    return args.data or (f"data/demo/{part}" if args.dataset == "demo" else f"data/{args.dataset}")
+    if args.data:
+        return args.data
+    if args.dataset != "demo":
+        return f"data/{args.dataset}"
+    if rank == 0:
+        make_demo(part)
+    gather(None)  # the others wait until it is there
+    return f"data/demo/{part}"
 
 
 # ---------------------------------------------------------------------------------------------------------- lists
@@ -148,6 +152,9 @@ def find_videos(data, split="train", videos=None, need_labels=False, classes=Non
     data = Path(data)
     if not data.exists():
         raise InputError(f"{data}: no such file or folder; expected one of\n{LAYOUTS}")
+    if data.suffix == ".json" and (labels := sorted(data.parent.glob("*labels.json"))):
+        beside = data.parent.parent if data.parent.name in ("labels", "annotations") else data.parent
+        return read_ssv2(data, labels[0], videos or beside)
     if data.is_file():
         return read_list(data, videos or data.parent, split, need_labels, classes)
     names = SPLITS[split]
@@ -174,7 +181,7 @@ def find_videos(data, split="train", videos=None, need_labels=False, classes=Non
 
 
 def number(names, classes, place):
-    """Class names -> (their numbers, the list of classes); classes: the list they must be of, else their own, sorted.
+    """Class names -> (their numbers, the classes); classes: a list of those allowed, else the sorted names that occur.
 
     place: a function of an index, for the message of the InputError about a name that is not in the list.
     """
@@ -358,7 +365,7 @@ class Video:
                     if packet.pts > last:
                         after = min(after, packet.pts)
                     if packet.dts is not None and packet.dts > after:
-                        break  # time stamps are not below dts, which only rises: all frames up to `after` are here
+                        break  # pts >= dts, and dts only rises: what comes next is shown after `after`
             except av.error.FFmpegError:
                 pass  # damaged from here on: what has been read may do
             if target <= self.start or (found and found[0].is_keyframe and found[0].pts <= first):
@@ -399,7 +406,7 @@ class Video:
             if packet.is_keyframe:
                 keys.append(i)
             if packet.pts in wanted and not packet.is_discard:
-                # From the last key frame that is not shown later: what is shown before a key frame may refer past it.
+                # From the last key frame that is not shown later: frames shown before a key frame may need others.
                 key = next((k for k in reversed(keys) if packets[k].pts <= packet.pts), 0)
                 needed[key : i + 1] = True
         frames, ends = {}, np.append(~needed[1:], True)
@@ -551,9 +558,9 @@ class Views(torch.utils.data.Dataset):
     def times(self, duration):
         """The times of the K clips: from the start to the end, or the middle where there is one."""
         K = self.views[0]
-        places = (np.arange(K) / (K - 1)) if K > 1 else [0.5]
-        if self.segments:  # the middle of each part where there is one clip, as much apart as K clips allow
+        if self.segments:  # one clip takes the middle of each part, K clips as many places evenly over it
             return [segment_times(duration, self.num_frames, (k + 0.5) / K) for k in range(K)]
+        places = (np.arange(K) / (K - 1)) if K > 1 else [0.5]
         return [clip_times(duration, self.num_frames, self.sampling_rate, place) for place in places]
 
     def boxes(self, height, width):
@@ -594,7 +601,7 @@ def with_replacement(dataset, epoch, index):
 
 AVA_TIMES = (902, 1798)  # the seconds of each movie that are annotated
 AVA_CLASSES = 80  # actions, numbered from 1; 60 of them are evaluated
-AVA_FILES = {  # what a data set of AVA consists of: what its names hold, and what they do not
+AVA_FILES = {  # what a data set of AVA consists of: strings that the file's name contains, and does not
     "ground truth": (("ava_{split}_v2", ".csv"), ("excluded", "detection", "predicted")),
     "excluded time stamps": (("{split}", "excluded", ".csv"), ()),
     "person boxes": (("{split}", "box", ".csv"), ("excluded",)),
@@ -876,7 +883,7 @@ class KeyframeClips(torch.utils.data.Dataset):
     (K, 80); index and failures as in Clips. Boxes move along and are cut; K counts those left, and may be 0.
     """
 
-    SHORT_SIDES = 256 / 224, 320 / 224  # of the frame, of the crop's side
+    SHORT_SIDES = 256 / 224, 320 / 224  # the frame's short side, in sides of the crop
 
     def __init__(self, videos, args):
         self.videos, self.seed, self.hflip, self.img_size = videos, args.seed, args.hflip, args.img_size
@@ -938,7 +945,7 @@ class KeyframeViews(torch.utils.data.Dataset):
 
 
 def even(x):
-    """The largest even number up to x: where a picture with half as many colours as pixels can be cut exactly."""
+    """The largest even number up to x: video stores colours at half the resolution, and can be cut only there."""
     return 2 * int(x / 2)
 
 
@@ -990,25 +997,23 @@ def collate(samples):
     return batch
 
 
-def default_workers():
-    """Decoding processes for each of this machine's training processes: its share of the cores, at most 16."""
+def workers(args):
+    """Decoding processes for each training process: --num_workers, or its share of the machine's cores, at most 16."""
+    if args.num_workers is not None:
+        return args.num_workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
-def make_loader(dataset, stream, num_workers, device):
-    """A DataLoader over a Stream. Nothing random is left to the workers, so their number changes nothing.
-
-    num_workers None: default_workers().
-    """
-    num_workers = default_workers() if num_workers is None else num_workers
+def make_loader(dataset, stream, args, device):
+    """A DataLoader over a Stream. Nothing random is left to the workers, so their number changes nothing."""
     return torch.utils.data.DataLoader(
         dataset,
         batch_sampler=stream,
-        num_workers=num_workers,
+        num_workers=workers(args),
         collate_fn=collate,
         pin_memory=device.type == "cuda",
-        prefetch_factor=4 if num_workers else None,
+        prefetch_factor=4 if workers(args) else None,
         worker_init_fn=outlast_signals,
     )
 
@@ -1028,14 +1033,13 @@ def each(loader):
 
 
 def each_once(views, args, rank, world, function):
-    """Call function(sample) for each of the views to test on, once, whatever the number of processes.
+    """Call function(sample) for each video or keyframe of Views, once, whatever the number of processes.
 
     Returns what it gave, {index: value} in the order of the indices, and [(index, reason)] of those that cannot be
     read; on all processes.
     """
-    workers = default_workers() if args.num_workers is None else args.num_workers
     mine = range(rank, len(views), world)
-    loader = torch.utils.data.DataLoader(views, sampler=mine, batch_size=None, num_workers=workers)
+    loader = torch.utils.data.DataLoader(views, sampler=mine, batch_size=None, num_workers=workers(args))
     values, failures = {}, []
     for sample in tqdm(each(loader), "test", len(mine), disable=rank > 0, mininterval=bar_interval()):
         if "failure" in sample:

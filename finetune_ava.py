@@ -17,7 +17,6 @@ import contextlib
 import csv
 import json
 import math
-import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -64,6 +63,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, epilog="data:\n" + data.AVA_LAYOUT)
     m.add_arguments(parser)
     data.add_arguments(parser)
+    m.add_finetuning_arguments(parser)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--dataset", help="ava (default); demo: small movies made here")
     add("--detection_threshold", type=float, default=0.8, help="score from which a detector's person boxes are used")
@@ -74,10 +74,6 @@ def parse_args(argv=None):
     )
     add("--allow_missing", action="store_true", help="go on where movies are missing: they are left out and counted")
     add("--rel_pos", action=switch, default=False, help="relative positions in every block (Table 8)")
-    add("--drop_path", type=float, help="chance that a clip skips the last block's branches; less in earlier blocks")
-    add("--dropout", type=float, help="before the head")
-    add("--layer_decay", type=float, help="learning rate of a layer as a share of the next one's")
-    add("--eval", action="store_true", help="do not train: test the checkpoint in --init")
     add("--test_crop", choices=("center", "full"),
         help="short side 256 and the middle 224 x 224 (default), or the whole frame at short side 256")  # fmt: skip
     add("--score", metavar="CSV", help="do not train: score these detections by AVA's protocol; no model is needed")
@@ -88,7 +84,7 @@ def parse_args(argv=None):
     add("--boxes", metavar="CSV", help="person boxes to test on, default: the data set's; or those for --predict")
     add("--predict", metavar="VIDEO", help="do not train: say what the persons in --boxes do, and draw it")
 
-    dataset, size = m.first_look(parser, sys.argv[1:] if argv is None else argv, "ava")
+    dataset, size = m.first_look(parser, argv, "ava")
     parser.set_defaults(dataset=dataset, model=size)
     given = parser.parse_args(argv)
     name, table = ("the demo's recipe", DEMO) if size == "vit_demo" else ("Table 6a", AVA)
@@ -97,7 +93,6 @@ def parse_args(argv=None):
     parser.set_defaults(
         repeats=1,
         weight_decay=recipe["weight decay"],
-        lr=0 if elsewhere else None,
         epochs=recipe["epochs"],
         hflip=True,
         batch_size=recipe["batch size"],
@@ -108,15 +103,15 @@ def parse_args(argv=None):
         test_crop="full" if dataset == "demo" else "center",
     )
     args = parser.parse_args(argv)
-    m.settle(args, recipe, "finetune_ava")
+    m.settle(args, recipe, "finetune_ava", parser, argv)
     if args.dataset == "demo" and args.video_start is None:
         args.video_start = 900
     return args, recipe
 
 
-def build(args):
-    """The model that the arguments describe, with the arguments of its constructor."""
-    config = m.SIZES[args.model] | dict(
+def config_of(args):
+    """The arguments of model.Detector that the command line describes."""
+    return m.SIZES[args.model] | dict(
         img_size=args.img_size,
         num_frames=args.num_frames,
         num_classes=data.AVA_CLASSES,
@@ -125,7 +120,6 @@ def build(args):
         rel_pos=args.rel_pos,
         checkpoint_activations=bool(args.checkpoint_activations),
     )
-    return m.Detector(**config), config
 
 
 # ----------------------------------------------------------------------------------------------------------- data
@@ -196,16 +190,16 @@ def train(args, recipe):
 
     # Model and optimizer, new or as the run left them
     torch.manual_seed(args.seed)
-    detector, config = build(args)
-    optimizer, checkpoint = m.prepare("finetune_ava", detector, recipe, args, device, args.layer_decay)
-    start = checkpoint["step"] if checkpoint else 0
+    config = config_of(args)
+    detector = m.Detector(**config)
+    optimizer, start = m.prepare(detector, recipe, args, device, keyframes, args.layer_decay)
     ddp = m.parallel(detector, args, device, world)
     autocast = m.autocast_of(args, device)
-    m.announce(args, detector, keyframes, device, world, steps, micro_batch, checkpoint)
+    m.announce(args, detector, keyframes, device, world, steps, micro_batch)
 
     clips = data.KeyframeClips(keyframes, args)
     stream = data.Stream(len(keyframes), args.batch_size, micro_batch, rank, world, args.seed, start, steps)
-    batches = data.each(data.make_loader(clips, stream, args.num_workers, device))
+    batches = data.each(data.make_loader(clips, stream, args, device))
     failures = data.Failures(out / "failures.log", keyframes, args.max_failures, start > 0)
     log = m.Log(args, start, steps, keyframes, failures)
 
@@ -237,7 +231,7 @@ def train(args, recipe):
         optimizer.zero_grad()
 
         if log.step(loss, norm, lr=lr):
-            log.save("finetune_ava", detector, optimizer, config=config, actions=actions)
+            log.save(detector, optimizer, config=config, actions=actions)
     log.close()
     test(detector, held_out, actions, args, device, rank, world)
     print(f"{out}: checkpoint.pt, log.jsonl, args.json, results.json, detections.csv, pictures/")
@@ -385,7 +379,7 @@ def test(detector, keyframes, actions, args, device, rank, world):
 def restore(args):
     """The detector in --init and the names of its actions or None; clips will be as it was trained to see them."""
     seen = "num_frames", "sampling_rate", "img_size"
-    detector, checkpoint = m.restore("finetune_ava", args, m.Detector, lambda args: build(args)[0], seen)
+    detector, checkpoint = m.restore(args, m.Detector, config_of, seen)
     return detector, checkpoint.get("actions")
 
 
@@ -462,7 +456,7 @@ def draw(keyframes, scores, actions, args, out):
         movie, second = keyframes.moments[index]
         name = out / f"{keyframes.names[int(movie)]}_{second:g}"
         Image.fromarray(pictures[args.num_frames // 2]).save(f"{name}.png")
-        data.write_video(f"{name}.mp4", np.stack(pictures), Fraction(data.FPS, args.sampling_rate))
+        data.write_video(f"{name}.mp4", np.stack(pictures), Fraction(data.FPS, max(1, args.sampling_rate)))
         print(f"{name}.png, {name}.mp4")
 
 

@@ -17,7 +17,6 @@ import functools
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
 import torch
@@ -89,28 +88,26 @@ def parse_args(argv=None):
     m.add_arguments(parser)
     data.add_arguments(parser)
     data.add_sampling_arguments(parser)
+    m.add_finetuning_arguments(parser)
     add = parser.add_argument
     add("--recipe", choices=RECIPES, help="default: ssv2 for ssv2, demo for vit_demo, else kinetics")
     add("--num_classes", type=int, help="default: the data set's, or as many as the training list names")
-    add("--rand_augment", type=float, nargs=2, metavar=("MAGNITUDE", "DEVIATION"), help="magnitude of 10; 0 0: none")
+    add("--rand_augment", type=float, nargs=2, metavar=("MAGNITUDE", "DEVIATION"), help="of 0 to 10; 0 0: none")
     add("--erasing", type=float, default=0.0, help="chance of random erasing; the released configuration has 0.25")
     add("--mixup", type=float, help="its alpha; each batch has MixUp or CutMix; 0: never")
     add("--cutmix", type=float, help="its alpha; 0: never")
     add("--label_smoothing", type=float)
-    add("--drop_path", type=float, help="chance that a clip skips the last block's branches; less in earlier blocks")
-    add("--dropout", type=float, help="before the head")
-    add("--layer_decay", type=float, help="learning rate of a layer as a share of the next one's")
     add("--mask_start", type=float, default=0.0, help="share of tokens hidden at first, 0 at the end (Table 11)")
-    add("--eval", action="store_true", help="do not train: test the checkpoint in --init")
     add("--views", help="clips x crops of a video to test on; default: 7x3 on Kinetics, 1x3 on SSv2")
     add("--save_scores", action="store_true", help="keep each test video's averaged scores, in scores.pt")
     add("--predict", nargs="+", metavar="VIDEO", help="do not train: print the 5 likeliest classes of each video")
 
-    dataset, size = m.first_look(parser, sys.argv[1:] if argv is None else argv)
+    dataset, size = m.first_look(parser, argv)
     parser.set_defaults(dataset=dataset, model=size)
     given = parser.parse_args(argv)
     name = given.recipe or ("ssv2" if dataset == "ssv2" else "demo" if size == "vit_demo" else "kinetics")
-    recipe = m.column(f"--recipe {name}", RECIPES[name], size, given.lr)
+    elsewhere = given.predict or given.eval  # where there is no learning rate to miss
+    recipe = m.column(f"--recipe {name}", RECIPES[name], size, 0 if elsewhere else given.lr)
     parser.set_defaults(
         recipe=name,
         weight_decay=recipe["weight decay"],
@@ -131,7 +128,7 @@ def parse_args(argv=None):
         views=VIEWS.get(dataset, "7x3"),
     )
     args = parser.parse_args(argv)
-    m.settle(args, recipe, "finetune_cls")
+    m.settle(args, recipe, "finetune_cls", parser, argv)
     views = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", args.views)
     if not views:
         raise m.InputError(f"--views {args.views}: expected clips x crops, both at least 1, such as 7x3")
@@ -141,9 +138,9 @@ def parse_args(argv=None):
     return args, recipe
 
 
-def build(args, num_classes):
-    """The model that the arguments describe, with the arguments of its constructor."""
-    config = m.SIZES[args.model] | dict(
+def config_of(args, num_classes):
+    """The arguments of model.Classifier that the command line describes."""
+    return m.SIZES[args.model] | dict(
         img_size=args.img_size,
         num_frames=args.num_frames,
         num_classes=num_classes,
@@ -151,7 +148,6 @@ def build(args, num_classes):
         dropout=args.dropout,
         checkpoint_activations=bool(args.checkpoint_activations),
     )
-    return m.Classifier(**config), config
 
 
 def train(args, recipe):
@@ -160,6 +156,10 @@ def train(args, recipe):
 
     # Data
     args.data = data.locate(args, rank, "kinetics")
+    if Path(args.data).is_file():
+        raise m.InputError(
+            f"{args.data}: one list, of videos to train on or to test on? Give the folder that holds both"
+        )
     count = args.num_classes or CLASSES.get(args.dataset)
     videos = data.find_videos(args.data, "train", args.videos, need_labels=True, classes=count)
     classes = videos.class_names
@@ -173,21 +173,23 @@ def train(args, recipe):
 
     # Model and optimizer, new or as the run left them
     torch.manual_seed(args.seed)
-    classifier, config = build(args, count)
-    optimizer, checkpoint = m.prepare("finetune_cls", classifier, recipe, args, device, args.layer_decay)
-    start = checkpoint["step"] if checkpoint else 0
+    config = config_of(args, count)
+    classifier = m.Classifier(**config)
+    optimizer, start = m.prepare(classifier, recipe, args, device, videos, args.layer_decay)
     ddp = m.parallel(classifier, args, device, world)
     autocast = m.autocast_of(args, device)
-    m.announce(args, classifier, videos, device, world, steps, micro_batch, checkpoint)
+    m.announce(args, classifier, videos, device, world, steps, micro_batch)
 
     # Clips, and what mixes them: whole clips, on the device, MixUp or CutMix for each batch
     noise_of = functools.partial(m.masking_noise, classifier.grid, args.mask_start) if args.mask_start else None
     rand_augment = args.rand_augment if args.rand_augment[0] else None
     clips = data.Clips(videos, args, noise_of, rand_augment, args.erasing)
     stream = data.Stream(len(videos), args.batch_size, micro_batch, rank, world, args.seed, start, steps)
-    batches = data.each(data.make_loader(clips, stream, args.num_workers, device))
+    batches = data.each(data.make_loader(clips, stream, args, device))
     failures = data.Failures(out / "failures.log", videos, args.max_failures, start > 0)
     mixing = mixing_of(args, count)
+    if mixing and micro_batch == 1:
+        print("warning: a micro-batch of 1 video has no other to be mixed with: MixUp and CutMix need --micro_batch 2")
     log = m.Log(args, start, steps, videos, failures)
 
     classifier.train()
@@ -216,7 +218,7 @@ def train(args, recipe):
         optimizer.zero_grad()
 
         if log.step(loss, norm, lr=lr, mask_ratio=mask_ratio):
-            log.save("finetune_cls", classifier, optimizer, config=config, class_names=classes)
+            log.save(classifier, optimizer, config=config, class_names=classes)
     log.close()
     test(classifier, held_out, args, device, rank, world, classes)
     print(f"{out}: checkpoint.pt, log.jsonl, args.json, results.json")
@@ -248,7 +250,7 @@ def mix_clips(video, label, mixing, num_classes):
 
 
 @torch.no_grad()
-def scores_of(classifier, video, device, autocast=contextlib.nullcontext, most=32):
+def average_views(classifier, video, device, autocast=contextlib.nullcontext, most=32):
     """Class probabilities averaged over the views of one video: uint8 (V, T, H, W, 3) -> (num_classes,) on the CPU."""
     total = 0
     for views in video.permute(0, 4, 1, 2, 3).split(most):
@@ -258,21 +260,30 @@ def scores_of(classifier, video, device, autocast=contextlib.nullcontext, most=3
     return (total / len(video)).cpu()
 
 
-def test(classifier, videos, args, device, rank, world, classes):
-    """Multi-view test: prints and writes results.json; each video counts once, whatever the number of processes.
+def scores_of(classifier, videos, args, device, rank, world):
+    """The scores of every video, each once, whatever the number of processes.
 
-    A video that cannot be read counts as wrong, and is reported. Returns the results, on process 0.
+    Returns {index: (num_classes,)}, [(index, reason)] of videos that cannot be read.
     """
     classifier.eval()
     views, autocast = data.Views(videos, args, args.views), m.autocast_of(args, device)
-    scores, failures = data.each_once(
-        views, args, rank, world, lambda sample: scores_of(classifier, sample["video"], device, autocast)
+    return data.each_once(
+        views, args, rank, world, lambda sample: average_views(classifier, sample["video"], device, autocast)
     )
+
+
+def test(classifier, videos, args, device, rank, world, classes):
+    """Multi-view test: prints and writes results.json. A video that cannot be read counts as wrong, and is reported.
+
+    Returns the results, on process 0.
+    """
+    scores, failures = scores_of(classifier, videos, args, device, rank, world)
     if rank > 0:
         return None
     for index, reason in failures:
         print(f"counted as wrong: {videos.path(index)}: {reason}")
-    ranks = [int((score > score[videos.labels[index]]).sum()) for index, score in scores.items()]
+    order = {index: score.argsort(descending=True, stable=True).tolist() for index, score in scores.items()}
+    ranks = [ranking.index(videos.labels[index]) for index, ranking in order.items()]  # of the true class
     shape = "x".join(map(str, args.views))
     results = dict(
         top1=100 * sum(place < 1 for place in ranks) / len(videos),
@@ -300,10 +311,10 @@ def restore(args):
         count = args.num_classes or CLASSES.get(args.dataset)
         if not count:
             raise m.InputError(f"{args.init}: not a checkpoint of this stage; --num_classes says how many it knows")
-        return build(args, count)[0]
+        return config_of(args, count)
 
     seen = "num_frames", "sampling_rate", "img_size", "segments"
-    classifier, checkpoint = m.restore("finetune_cls", args, m.Classifier, from_elsewhere, seen)
+    classifier, checkpoint = m.restore(args, m.Classifier, from_elsewhere, seen)
     return classifier, checkpoint.get("class_names")
 
 
@@ -323,21 +334,16 @@ def evaluate(args):
 def predict(args):
     device, _, _ = m.start_process(args.device)
     classifier, classes = restore(args)
-    classifier.to(device).eval()
     videos = data.VideoList("--predict", ".", args.predict)
-    views, failed = data.Views(videos, args, args.views), 0
-    for i, path in enumerate(args.predict):
-        sample = views[i]
-        if "failure" in sample:
-            failed += 1
-            print(f"{path}: {sample['failure']}")
-            continue
-        scores = scores_of(classifier, sample["video"], device, m.autocast_of(args, device))
-        print(f"{path}:")
-        for probability, index in zip(*(values.tolist() for values in scores.topk(min(5, len(scores))))):
-            print(f"  {probability:6.1%}  {classes[index] if classes else f'class {index}'}")
-    if failed:
-        raise m.InputError(f"{failed} of {len(args.predict)} files are no videos that can be read")
+    scores, failures = scores_of(classifier.to(device), videos, args, device, 0, 1)
+    for index, reason in failures:
+        print(f"{args.predict[index]}: {reason}")
+    for index, score in scores.items():
+        print(f"{args.predict[index]}:")
+        for probability, i in zip(*(values.tolist() for values in score.topk(min(5, len(score))))):
+            print(f"  {probability:6.1%}  {classes[i] if classes else f'class {i}'}")
+    if failures:
+        raise m.InputError(f"{len(failures)} of {len(args.predict)} files are no videos that can be read")
 
 
 def main():

@@ -15,7 +15,8 @@ Kinetics-400 give 84.4 % after fine-tuning (Table 11). They are 192 million clip
 import argparse
 import contextlib
 import functools
-import sys
+import math
+from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
@@ -59,13 +60,13 @@ def parse_args(argv=None):
     add("--mask_ratio", type=float, default=0.9, help="share of tokens that are hidden, in [0, 1)")
     add("--masking", choices=m.MASKINGS, default="agnostic", help="which tokens are hidden together (Figure 4)")
     add("--norm_pix_loss", action=switch, help="normalise each target patch by its mean and deviation")
-    add("--predict", choices=("slice", "tubelet"), default="slice", help="a tubelet's first frame, or all of them")
+    add("--target", choices=("slice", "tubelet"), default="slice", help="predict a tubelet's first frame, or all of it")
     add("--decoder_width", type=int, help="Table 12b: 128, 256 or 512")
     add("--decoder_depth", type=int, help="Table 12c: 1, 2, 4 or 8 blocks")
     add("--decoder_heads", type=int, help="default: 64 wide each; later released files have 16 at width 512")
     add("--visualize", nargs="+", metavar="VIDEO", help="do not train: draw what the model in --init reconstructs")
 
-    dataset, size = m.first_look(parser, sys.argv[1:] if argv is None else argv)
+    dataset, size = m.first_look(parser, argv)
     recipe = DEMO_RECIPE if size == "vit_demo" else RECIPE
     parser.set_defaults(
         dataset=dataset,
@@ -84,27 +85,25 @@ def parse_args(argv=None):
         decoder_depth=DECODERS.get(size, {}).get("depth", 4),
     )
     args = parser.parse_args(argv)
-    m.settle(args, recipe, "mae_pretrain")
+    m.settle(args, recipe, "mae_pretrain", parser, argv)
     if args.decoder_heads is None:
         args.decoder_heads = max(1, args.decoder_width // 64)
     return args, recipe
 
 
-def build(args):
-    """The model that the arguments describe, with the arguments of its constructor."""
-    config = m.SIZES[args.model] | dict(
+def config_of(args):
+    """The arguments of model.MAE that the command line describes."""
+    return m.SIZES[args.model] | dict(
         img_size=args.img_size,
         num_frames=args.num_frames,
         decoder_embed_dim=args.decoder_width,
         decoder_depth=args.decoder_depth,
         decoder_num_heads=args.decoder_heads,
         norm_pix_loss=args.norm_pix_loss,
+        pred_t_dim=args.num_frames if args.target == "tubelet" else None,
         masking=args.masking,
         checkpoint_activations=bool(args.checkpoint_activations),
     )
-    if args.predict == "tubelet":
-        config["pred_t_dim"] = args.num_frames
-    return m.MAE(**config), config
 
 
 def train(args, recipe):
@@ -113,24 +112,29 @@ def train(args, recipe):
 
     # Data
     args.data = data.locate(args, rank, "unlabelled")
-    videos = data.find_videos(args.data, "train", args.videos)
+    videos = held_out = data.find_videos(args.data, "train", args.videos)
+    if Path(args.data).is_dir():
+        try:
+            held_out = data.find_videos(args.data, "val", args.videos)
+        except m.InputError as error:
+            print(f"pictures will be of training videos: {error}")
     steps, micro_batch, micro_steps = m.plan(args, videos, world, MICRO_BATCH.get(args.model))
 
     # Model and optimizer, new or as the run left them
     torch.manual_seed(args.seed)
-    mae, config = build(args)
+    config = config_of(args)
+    mae = m.MAE(**config)
     m.num_visible(mae.grid, args.mask_ratio, args.masking)  # says what is wrong with a ratio before anything starts
-    optimizer, checkpoint = m.prepare("mae_pretrain", mae, recipe, args, device)
-    start = checkpoint["step"] if checkpoint else 0
+    optimizer, start = m.prepare(mae, recipe, args, device, videos)
     ddp = m.parallel(mae, args, device, world)
     autocast = m.autocast_of(args, device)
-    m.announce(args, mae, videos, device, world, steps, micro_batch, checkpoint)
+    m.announce(args, mae, videos, device, world, steps, micro_batch)
 
     # Clips: each brings the noise that it is masked by
     noise_of = functools.partial(m.masking_noise, mae.grid, args.mask_ratio, args.masking)
     clips = data.Clips(videos, args, noise_of)
     stream = data.Stream(len(videos), args.batch_size, micro_batch, rank, world, args.seed, start, steps)
-    batches = data.each(data.make_loader(clips, stream, args.num_workers, device))
+    batches = data.each(data.make_loader(clips, stream, args, device))
     failures = data.Failures(out / "failures.log", videos, args.max_failures, start > 0)
     log = m.Log(args, start, steps, videos, failures)
 
@@ -149,16 +153,15 @@ def train(args, recipe):
                     micro_loss, _, _ = ddp(video, args.mask_ratio, noise)
                 (micro_loss / micro_steps).backward()
             loss += micro_loss.detach() / micro_steps
-        norm = torch.nn.utils.clip_grad_norm_(mae.parameters(), args.clip_grad)
+        norm = torch.nn.utils.clip_grad_norm_(mae.parameters(), args.clip_grad or math.inf)
         optimizer.step()
         optimizer.zero_grad()
 
         if log.step(loss, norm, lr=lr):
-            log.save("mae_pretrain", mae, optimizer, config=config)
+            log.save(mae, optimizer, config=config)
     log.close()
 
     if rank == 0:
-        held_out = videos if Path(args.data).is_file() else data.find_videos(args.data, "val", args.videos)
         shown = min(4, len(held_out))
         paths = [held_out.path(i * len(held_out) // shown) for i in range(shown)]
         visualize(mae, paths, out / "reconstructions", args, device)
@@ -207,10 +210,14 @@ def draw_figure(path, rows, caption):
 
 
 def visualize(mae, paths, out, args, device):
-    """For each video the clip in its middle as a PNG and an H.264 animation in `out`; names what cannot be drawn."""
+    """For each video the clip in its middle as a PNG and an H.264 animation in `out`; names what cannot be drawn.
+
+    Returns how many cannot.
+    """
     mae.eval()
     out.mkdir(parents=True, exist_ok=True)
     t, side = mae.grid[0] * mae.t_patch_size, mae.grid[1] * mae.patch_size
+    stems, failed = Counter(Path(path).stem for path in paths), 0
     for i, path in enumerate(paths):
         try:
             with data.Video(path) as video:
@@ -220,6 +227,7 @@ def visualize(mae, paths, out, args, device):
             clip = data.to_clip(frames, (side, side), ((height - short) // 2, (width - short) // 2, short, short))
         except data.VideoError as error:
             print(f"skipped {path}: {error}")
+            failed += 1
             continue
         generator = torch.Generator().manual_seed(data.stateless_seed(args.seed, i))
         noise = m.masking_noise(mae.grid, args.mask_ratio, mae.masking, generator)[None].to(device)
@@ -227,12 +235,14 @@ def visualize(mae, paths, out, args, device):
         caption = f"{Path(path).name}: {args.mask_ratio:.0%} hidden ({mae.masking}). "
         if mae.norm_pix_loss:
             caption += "Predicted patches are scaled back with the mean and deviation of the true ones."
-        name = out / Path(path).stem
+        stem = Path(path).stem
+        name = out / (stem if stems[stem] == 1 else f"{stem}_{i}")
         draw_figure(f"{name}.png", dict(zip(("original", "masked", "reconstruction"), pictures)), caption)
         zoom, fps = max(1, 240 // side), Fraction(data.FPS * len(pictures[0]), max(1, args.sampling_rate * t))
         strip = torch.cat(pictures, 2).numpy().repeat(zoom, 1).repeat(zoom, 2)  # side by side
         data.write_video(f"{name}.mp4", strip, fps)
         print(f"{name}.png, {name}.mp4")
+    return failed
 
 
 def main():
@@ -240,8 +250,10 @@ def main():
     if not args.visualize:
         return train(args, recipe)
     device, _, _ = m.start_process(args.device)
-    mae, _ = m.restore("mae_pretrain", args, m.MAE, lambda args: build(args)[0])
-    visualize(mae.to(device), args.visualize, Path(args.output_dir) / "visualize", args, device)
+    mae, _ = m.restore(args, m.MAE, config_of, ("sampling_rate", "mask_ratio"))
+    failed = visualize(mae.to(device), args.visualize, Path(args.output_dir) / "visualize", args, device)
+    if failed:
+        raise m.InputError(f"{failed} of {len(args.visualize)} files are no videos that can be read")
 
 
 if __name__ == "__main__":

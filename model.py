@@ -8,7 +8,7 @@ Read from top to bottom:
     Classifier              the same encoder, all tokens, averaged                                    (appendix A)
     Detector                the same encoder, a region head on each person's box                      (appendix A, AVA)
     weights                 loading from any layout, optimizer groups, schedule                       (Tables 5 and 6)
-    runs                    processes, batches, checkpoints: what keeps the weights of a run safe
+    runs                    arguments, processes, batches, the log, checkpoints: what keeps the weights of a run safe
 
 Shapes: B clips, T x H x W their frames and pixels, (t, h, w) the grid of tokens, N = t * h * w of them, V visible,
 D the width of the encoder. Parameter names are those of the released code, so its files load as they are.
@@ -45,6 +45,7 @@ SIZES = {
 }
 SGD_MOMENTUM = 0.9  # Tables 6a and 6b say SGD, and no more
 PIXEL_MEAN, PIXEL_STD = 0.45, 0.225  # of each channel, for pixels in 0..1
+CHECKPOINTS = "checkpoint.pt", "checkpoint_previous.pt"  # a run keeps two: one may be damaged on the disk
 MASKINGS = ("agnostic", "space-only", "time-only", "block-wise")  # Figure 4
 
 
@@ -274,16 +275,23 @@ class VideoViT(nn.Module):
         for name, n in {"spatial": h * w, "temporal": t, "class": 1}.items():
             self.register_parameter(f"{prefix}pos_embed_{name}", nn.Parameter(torch.empty(1, n, dim)))
 
+    def add_head(self, num_classes, dropout):
+        """Dropout and a linear layer on the features, to fine-tune; also draws all weights."""
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(self.norm.normalized_shape[0], num_classes)
+        self.init_weights()
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+
     def init_weights(self):
         """Positions and tokens trunc_normal(0.02), linear layers Xavier-uniform, biases 0; norms as they come."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv3d)):
                 nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
                 nn.init.zeros_(module.bias)
+        t, h, w = self.grid
         for name, parameter in self.named_parameters():
             if "pos_embed" in name or "token" in name:
                 nn.init.trunc_normal_(parameter, std=0.02)
-            t, h, w = self.grid
             if self.sine_positions and name.endswith("pos_embed_temporal"):
                 parameter.data = sines(t, parameter.shape[-1])[None]
             elif self.sine_positions and name.endswith("pos_embed_spatial"):
@@ -402,10 +410,7 @@ class Classifier(VideoViT):
 
     def __init__(self, num_classes=400, dropout=0.0, **encoder):
         super().__init__(**encoder)
-        self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(self.norm.normalized_shape[0], num_classes)
-        self.init_weights()
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        self.add_head(num_classes, dropout)
 
     def forward(self, video, mask_ratio=0.0, noise=None):
         """video (B, 3, T, H, W), uint8 or normalised floats -> logits (B, num_classes).
@@ -432,10 +437,7 @@ class Detector(VideoViT):
 
     def __init__(self, num_classes=80, dropout=0.0, **encoder):
         super().__init__(**encoder)
-        self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(self.norm.normalized_shape[0], num_classes)
-        self.init_weights()
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        self.add_head(num_classes, dropout)
 
     def forward(self, video, boxes):
         """video (B, 3, T, H, W), uint8 or normalised floats, and boxes -> logits (K, num_classes), in their order.
@@ -460,10 +462,12 @@ class Detector(VideoViT):
 
 
 def read_checkpoint(path):
-    """Read a checkpoint file to the CPU. Only tensors and plain values are read: no code in it can run.
+    """Read a checkpoint, a file or a run's folder, to the CPU. Only tensors and plain values: no code in it can run.
 
     Raises InputError, naming the file, where it is missing, damaged or no checkpoint.
     """
+    if Path(path).is_dir():
+        path = Path(path) / CHECKPOINTS[0]
     try:
         if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):  # torch.load checks no sums
             raise ValueError(f"{damaged} in it is damaged")
@@ -501,15 +505,16 @@ def to_official_names(state, model):
     return out
 
 
-def load_pretrained(model, path):
+def load_pretrained(model, path, state=None):
     """Load the weights in `path` into `model`, from every layout named in to_official_names; what is loaded is printed.
 
+    state: what is in the file, where it has been read already.
     Positions are resized where sizes differ. Tensors outside the plain encoder (decoder, head, relative positions) may
     be missing, or be left out where they do not fit. Raises InputError where one of the encoder is missing or does not
     fit.
     Returns the names as {"loaded": [...], "left out": [...], "not found": [...]}.
     """
-    state = read_checkpoint(path)
+    state = read_checkpoint(path) if state is None else state
     for key in ("model", "model_state", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -584,45 +589,6 @@ def make_optimizer(recipe, model, args, layer_decay=1.0):
     return recipe["optimizer"](groups, lr=args.lr, fused=fused, **momentum)
 
 
-def prepare(stage, model, recipe, args, device, layer_decay=1.0):
-    """Weights and optimizer to train with: as the run in args.output_dir left them, or new, from --init or at random.
-
-    Puts the model on the device. Returns the optimizer, and the checkpoint that the run goes on from or None.
-    """
-    checkpoint = find_run(stage, args)
-    if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-    elif args.init:
-        start_from(model, args.init)
-    else:
-        print("no --init: training from scratch")
-    optimizer = make_optimizer(recipe, model.to(device), args, layer_decay)
-    if checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    return optimizer, checkpoint
-
-
-def restore(stage, args, kind, build, seen=()):
-    """The trained model in --init, of class `kind`: built as a checkpoint of the stage says, else as build(args) does.
-
-    seen: the arguments on how it was trained to see clips; they become those of the checkpoint. Returns the model, and
-    the checkpoint or {}. Raises InputError where a weight is missing.
-    """
-    if not args.init:
-        flag = next(name for name in ("visualize", "predict", "eval") if vars(args).get(name))
-        raise InputError(f"--{flag} needs --init CHECKPOINT: the {kind.__name__} to use")
-    checkpoint = read_checkpoint(args.init)
-    if isinstance(checkpoint, dict) and checkpoint.get("stage") == stage:
-        model = kind(**checkpoint["config"])
-        vars(args).update((name, checkpoint["args"][name]) for name in seen)
-    else:
-        model, checkpoint = build(args), {}
-    missing = load_pretrained(model, args.init)["not found"]
-    if missing:
-        raise InputError(f"{args.init}: has no {missing[0]} of a {kind.__name__}; give a checkpoint of {stage}")
-    return model, checkpoint
-
-
 def cosine_decay(epoch, lr, warmup_epochs, epochs):
     """Linear warm-up, then half a cosine to 0; epochs are effective and may be fractions (Tables 5 and 6)."""
     if epoch < warmup_epochs:
@@ -632,13 +598,12 @@ def cosine_decay(epoch, lr, warmup_epochs, epochs):
 
 # ----------------------------------------------------------------------------------------------------------- runs
 
-# Arguments that may change when a run is taken up again: they say where and how fast it goes, not what it computes.
-MAY_CHANGE = {"resume", "output_dir", "data", "videos", "init", "num_workers", "micro_batch", "max_failures",
-              "log_every", "save_minutes", "device", "compile", "checkpoint_activations", "views", "save_scores",
-              "visualize", "eval", "predict", "score", "boxes", "ground_truth", "excluded", "action_list",
-              "test_crop", "capacity", "video_start"}  # fmt: skip
+# Arguments that may change when a run is resumed: on where files are, how fast it runs, or the test alone.
+MAY_CHANGE = {"stage", "given", "resume", "output_dir", "data", "videos", "init", "num_workers", "micro_batch",
+              "max_failures", "log_every", "save_minutes", "device", "compile", "checkpoint_activations", "views",
+              "save_scores", "boxes", "ground_truth", "excluded", "action_list", "test_crop", "capacity",
+              "video_start"}  # fmt: skip
 TIMEOUT = timedelta(minutes=10)  # that a process waits for the others, before it gives up
-CHECKPOINTS = "checkpoint.pt", "checkpoint_previous.pt"  # a run keeps two: one may be damaged on the disk
 
 
 class Stopped(Exception):
@@ -646,9 +611,9 @@ class Stopped(Exception):
 
 
 def run_stage(main):
-    """Run a stage's main function. Whatever ends it on purpose, or is the user's to mend, is said in one line.
+    """Run a stage's main function; where it was asked to stop, or the user can fix the cause, one line says so.
 
-    Of several processes, number 0 prints for all; errors are said by each.
+    Of several processes, number 0 prints for all; each says its own errors.
     """
     name = Path(sys.argv[0]).name
     if os.environ.get("RANK", "0") != "0":
@@ -662,7 +627,7 @@ def run_stage(main):
     except (InputError, FloatingPointError) as error:
         sys.exit(f"{name}: error: {error}")
     except OSError as error:
-        sys.exit(f"{name}: error: {error.filename or ''}: {error.strerror or error}")
+        sys.exit(": ".join(map(str, filter(None, (name, "error", error.filename, error.strerror or error)))))
     except RuntimeError as error:
         reason = str(error).split("\n")[0]
         if reason.startswith("DataLoader worker"):  # may be raised anywhere: by a signal handler
@@ -683,15 +648,19 @@ def add_arguments(parser):
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--model", choices=SIZES, help="default: vit_l; vit_demo for the demo")
     add("--init", metavar="CHECKPOINT", help="start from these weights: a file of this project, or see the README")
-    add("--output_dir", help="default: runs/STAGE_DATASET_MODEL; for pictures of a model, its own folder")
+    add("--output_dir", help="default: runs/STAGE_DATASET_MODEL; where nothing is trained, the folder of --init")
     add("--resume", action=switch, default=True, help="go on from the checkpoint in --output_dir, if there is one")
-    add("--epochs", type=float, help="effective epochs: clips taken of each video, --repeats of them at an opening")
+    add(
+        "--epochs",
+        type=float,
+        help="effective epochs: clips taken of each video in all; each time it is opened gives --repeats",
+    )
     add("--warmup_epochs", type=float, help="effective epochs, too; default: the table's, or its share of --epochs")
     add("--batch_size", type=int, help="videos in a step, over all GPUs; each gives --repeats clips")
     add("--micro_batch", type=int, help="videos that a GPU takes at once, if its memory is short; gradients add up")
     add("--lr", type=float, help="peak learning rate; default: the table's, scaled linearly with --batch_size")
     add("--weight_decay", type=float)
-    add("--clip_grad", type=float, help="the gradient's norm is cut to this; default: the table's, or not at all")
+    add("--clip_grad", type=float, help="the gradient's norm is cut to this; default: the table's; 0: not at all")
     add("--seed", type=int, default=0)
     add("--log_every", type=int, default=10, metavar="STEPS")
     add("--save_minutes", type=float, default=10, help="time between checkpoints, beside one after each pass")
@@ -701,15 +670,33 @@ def add_arguments(parser):
     add("--checkpoint_activations", action=switch, help="compute blocks twice: slower, far less memory")
 
 
+def add_finetuning_arguments(parser):
+    """The arguments that fine-tuning adds, whatever the task."""
+    add = parser.add_argument
+    add("--drop_path", type=float, help="chance that a clip skips the last block's branches; less in earlier blocks")
+    add("--dropout", type=float, help="before the head")
+    add("--layer_decay", type=float, help="learning rate of a layer as a share of the next one's; 0: the head alone")
+    add("--eval", action="store_true", help="do not train: test the checkpoint in --init")
+
+
 def first_look(parser, argv, default="kinetics400"):
     """(dataset, model) of a command line: the recipe, and so every other default, depends on them."""
+    argv = sys.argv[1:] if argv is None else argv
     args, _ = parser.parse_known_args([arg for arg in argv if arg not in ("-h", "--help")])
-    dataset = args.dataset or (Path(args.data).resolve().stem if args.data else default)
+    dataset = args.dataset or (dataset_of(args.data) if args.data else default)
     return dataset, args.model or ("vit_demo" if dataset == "demo" else "vit_l")
 
 
+def dataset_of(data):
+    """What a data set is called: as the folder it is in."""
+    path = Path(data).resolve()
+    path = path.parent if path.is_file() else path
+    path = path.parent if path.name in ("annotations", "labels") else path
+    return "ssv2" if "something-something" in path.name else path.stem
+
+
 def column(name, table, size, lr=None):
-    """One model's column of a recipe: {row: value}. What a table does not give for it is ViT-L's, but for the rate.
+    """One model's column of a recipe: {row: value}. Rows without a value for it take ViT-L's, save the learning rate.
 
     Raises InputError where it gives no learning rate, and `lr` is None, too. name: of the recipe, for the message.
     """
@@ -723,8 +710,14 @@ def column(name, table, size, lr=None):
     return recipe
 
 
-def settle(args, recipe, stage):
-    """Fill in what follows from other arguments: learning rate, warm-up, the run's folder."""
+def settle(args, recipe, stage, parser, argv):
+    """Fill in what follows from other arguments: learning rate, warm-up, the run's folder, and which were given."""
+    unset = object()
+    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
+    args.stage, args.given = stage, sorted(name for name, value in vars(given).items() if value is not unset)
+    for name in ("log_every", "repeats", "num_frames", "img_size", "epochs"):
+        if vars(args)[name] <= 0:
+            raise InputError(f"--{name} {vars(args)[name]}: must be above 0")
     if args.warmup_epochs is None:
         args.warmup_epochs = min(recipe["warmup epochs"], recipe["warmup epochs"] / recipe["epochs"] * args.epochs)
     if args.lr is None:
@@ -732,10 +725,9 @@ def settle(args, recipe, stage):
     if args.precision is None and args.model == "vit_demo":
         args.precision = "fp32"  # for matrices this small, casts cost more than bf16 saves
     if args.output_dir is None:
-        shown = vars(args).get("visualize") or vars(args).get("predict")  # pictures lie beside the model that made them
         args.output_dir = f"runs/{stage}_{args.dataset}_{args.model}"
-        if shown and args.init:
-            args.output_dir = str(Path(args.init).parent)
+        if args.init and any(vars(args).get(use) for use in ("visualize", "predict", "eval")):
+            args.output_dir = str(args.init if Path(args.init).is_dir() else Path(args.init).parent)
 
 
 def start_process(device=None):
@@ -833,23 +825,27 @@ def plan(args, videos, world, at_most=None):
     return steps, micro_batch, micro_steps
 
 
+def uses_bf16(args, device):
+    """Whether to train in bf16 autocast: as --precision says, else where the hardware has it."""
+    return (args.precision or ("bf16" if has_bf16(device) else "fp32")) == "bf16"
+
+
 def autocast_of(args, device):
-    """The autocast that --precision asks for: bf16 where the hardware has it, else fp32; as a function of nothing."""
-    bf16 = (args.precision or ("bf16" if has_bf16(device) else "fp32")) == "bf16"
-    return functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
+    """What opens the autocast that --precision asks for: a function without arguments."""
+    return functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=uses_bf16(args, device))
 
 
 def parallel(model, args, device, world):
-    """The model as the training calls it: compiled on a GPU or where --compile asks for it, and under DDP."""
-    if device.type == "cuda" if args.compile is None else args.compile:
+    """Compile the model, on a GPU or where --compile asks for it, and wrap it in DDP, for several processes."""
+    if args.compile or (args.compile is None and device.type == "cuda"):
         model.compile()
     if world == 1:
         return model
     return DistributedDataParallel(model, [device] if device.type == "cuda" else None)
 
 
-def announce(args, model, videos, device, world, steps, micro_batch, run):
-    """Say what a run is, and write it to args.json in its folder. run: the checkpoint it goes on from, or None."""
+def announce(args, model, videos, device, world, steps, micro_batch):
+    """Say what a run is, and write it to args.json in its folder."""
     if dist.is_initialized() and dist.get_rank() > 0:
         return
     out = Path(args.output_dir)
@@ -857,16 +853,12 @@ def announce(args, model, videos, device, world, steps, micro_batch, run):
     facts = {"videos_found": len(videos), "steps": steps, "processes": world, "torch": torch.__version__}
     (out / "args.json").write_text(json.dumps(vars(args) | facts, indent=1))
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    precision = "bf16 autocast" if autocast_of(args, device).keywords["enabled"] else "fp32"
+    precision = "bf16 autocast" if uses_bf16(args, device) else "fp32"
     print(f"{args.model}: {millions:.1f} M parameters, {precision} on {world} x {device.type}")
     unit, passes = videos.unit, args.epochs / args.repeats
     print(f"{videos.source}: {len(videos)} {unit}; {args.epochs:g} effective epochs are {passes:g} passes over it")
     print(f"{steps} steps of {args.batch_size} {unit}, {args.repeats} clips each; learning rate {args.lr:.3g}")
     print(f"{world} processes, {micro_batch} {unit} at once on each")
-    if run:
-        print(f"{out}: going on after step {run['step']}")
-        if run["videos"] != videos.digest:
-            print(f"warning: the list of videos is another one than before: {run['videos']}, now {videos.digest}")
 
 
 def find_checkpoint(folder):
@@ -882,17 +874,18 @@ def find_checkpoint(folder):
     return None
 
 
-def find_run(stage, args):
+def find_run(args):
     """The checkpoint in args.output_dir to go on from, or None to start anew.
 
     Raises InputError where the folder holds a run of another stage, or one made with other arguments: it is not
     overwritten unless --no-resume says so.
     """
     folder = args.output_dir
-    run = find_checkpoint(folder) if args.resume else None
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun: not to start anew once more
+    run = find_checkpoint(folder) if args.resume or restarted else None
     if not run:
         return None
-    if run.get("stage") != stage:
+    if run.get("stage") != args.stage:
         raise InputError(f"{folder}: a checkpoint of {run.get('stage')}; give this run another --output_dir")
     then, now = run["args"], vars(args)
     names = sorted(name for name in then.keys() | now.keys() if name not in MAY_CHANGE)
@@ -903,6 +896,50 @@ def find_run(stage, args):
             "another --output_dir to keep that run, or --no-resume to overwrite it"
         )
     return run
+
+
+def prepare(model, recipe, args, device, videos, layer_decay=1.0):
+    """Resume the run in args.output_dir, or start one from --init or from random weights: (optimizer, steps done).
+
+    Puts the model on the device. videos: the list that is trained on; says if it is another one than before.
+    """
+    run = find_run(args)
+    if run:
+        model.load_state_dict(run["model"])
+    elif args.init:
+        start_from(model, args.init)
+    else:
+        print("no --init: starting from random weights")
+    optimizer = make_optimizer(recipe, model.to(device), args, layer_decay)
+    if not run:
+        return optimizer, 0
+    optimizer.load_state_dict(run["optimizer"])
+    print(f"{args.output_dir}: going on after step {run['step']}")
+    if run["videos"] != videos.digest:
+        print(f"warning: the list of videos is another one than before: {run['videos']}, now {videos.digest}")
+    return optimizer, run["step"]
+
+
+def restore(args, kind, config_of, seen):
+    """The trained model in --init, of class `kind`: (model, its checkpoint, or {} for a file from elsewhere).
+
+    A checkpoint of this stage says how to build it; for any other file config_of(args) does. seen: names of arguments
+    on what the model was trained to see; where they are not given, those of the checkpoint count. Raises InputError
+    where a weight is missing.
+    """
+    if not args.init:
+        flag = next(name for name in ("visualize", "predict", "eval") if vars(args).get(name))
+        raise InputError(f"--{flag} needs --init CHECKPOINT: the {kind.__name__} to use")
+    checkpoint = read_checkpoint(args.init)
+    if isinstance(checkpoint, dict) and checkpoint.get("stage") == args.stage:
+        model, state = kind(**checkpoint["config"]), checkpoint["model"]
+        vars(args).update((name, checkpoint["args"][name]) for name in seen if name not in args.given)
+    else:
+        model, state, checkpoint = kind(**config_of(args)), checkpoint, {}
+    missing = load_pretrained(model, args.init, state)["not found"]
+    if missing:
+        raise InputError(f"{args.init}: has no {missing[0]} of a {kind.__name__}; give a checkpoint of {args.stage}")
+    return model, checkpoint
 
 
 def bar_interval():
@@ -928,11 +965,11 @@ class Stop:
     def ask(self, number, _):
         if self.asked and number == signal.SIGINT:  # Ctrl-C again: at once
             raise KeyboardInterrupt
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # workers that are ended, too, are no error any more
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # data workers may get the signal, too: their end is no error now
         self.asked = signal.Signals(number).name
 
     def agreed(self):
-        """Once a step: whether to stop now. All processes give the same answer, on what they were asked a step before.
+        """Once a step: whether to stop now. All give the same answer, from the signals that were there a step before.
 
         They exchange it on the hosts, while the step goes on: no device waits. It also notices a process that ended.
         """
@@ -956,7 +993,7 @@ class Log:
     """
 
     def __init__(self, args, start, steps, videos, failures):
-        """start, steps: where the run begins and ends. videos, failures: a data.VideoList, a data.Failures."""
+        """start, steps: where the run begins and ends. videos: data.VideoList or Keyframes. failures: data.Failures."""
         self.args, self.done, self.steps, self.videos, self.failures = args, start, steps, videos, failures
         self.main = not dist.is_initialized() or dist.get_rank() == 0
         self.pending, self.indices, self.failed, self.waited = [], [], [], 0.0
@@ -964,10 +1001,14 @@ class Log:
         self.bar = tqdm(total=steps, initial=start, disable=not self.main, unit="step", mininterval=bar_interval())
         self.path = Path(args.output_dir) / "log.jsonl"
         self.stop, self.stopping = Stop(), False
-        starts = gather(start)
+        starts, lists = gather(start), gather((steps, videos.digest))
         if len(set(starts)) > 1:
             raise InputError(
                 f"the processes start at steps {starts}: {args.output_dir} must be a folder that all machines share"
+            )
+        if len(set(lists)) > 1:
+            raise InputError(
+                f"the processes have different lists of {videos.unit}: is {videos.source} alike on all machines?"
             )
         if self.main:  # lines that a stopped run wrote after its checkpoint are dropped
             lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
@@ -1003,27 +1044,19 @@ class Log:
             return False
         values = torch.stack([torch.stack([loss, norm]) for loss, norm, *_ in self.pending]).tolist()
         late = time.perf_counter() - self.saved > 60 * self.args.save_minutes
-        reports = gather((values, [indices for *_, indices in self.pending], self.failed, self.waited, late, self.done))
-        if any(report[5] != self.done for report in reports):
-            raise InputError(
-                f"the processes are out of step, at {[report[5] for report in reports]}; were they started alike?"
-            )
-        now = time.perf_counter()
-        self.failures.add([failure for report in reports for failure in report[2]], write=self.main)
-        losses = [sum(report[0][i][0] for report in reports) / len(reports) for i in range(len(values))]
-        first = self.done - len(self.pending)
-        for i, (loss, (_, norm)) in enumerate(zip(losses, values)):
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                blamed = [r for r in reports if not math.isfinite(r[0][i][0])] or reports  # a norm is that of all
-                raise FloatingPointError(
-                    f"step {first + i}: loss {loss}, gradient norm {norm} ({self.pending[i][2]}); the checkpoint in "
-                    f"{self.args.output_dir} is from before. The videos of that step:\n"
-                    + "\n".join(self.videos.name(index) for report in blamed for index in report[1][i])
-                )
+        mine = dict(step=self.done, values=values, indices=[indices for *_, indices in self.pending])
+        reports = gather(mine | dict(failed=self.failed, waited=self.waited, late=late))
+        if any(report["step"] != self.done for report in reports):
+            at = [report["step"] for report in reports]
+            raise InputError(f"the processes are out of step, at {at}; were they started alike?")
+        now, first = time.perf_counter(), self.done - len(self.pending)
+        self.failures.add([failure for report in reports for failure in report["failed"]], write=self.main)
+        self.check_finite(first, reports)
+        losses = [sum(report["values"][i][0] for report in reports) / len(reports) for i in range(len(values))]
         seconds, clips = now - self.tick, len(values) * self.args.batch_size * self.args.repeats
         line = dict(step=self.done, epoch=self.epoch(self.done), loss=sum(losses) / len(losses)) | settings
-        line |= dict(grad_norm=norm, clips_per_s=clips / seconds)
-        line |= dict(data_wait=sum(report[3] for report in reports) / len(reports) / seconds)
+        line |= dict(grad_norm=values[-1][1], clips_per_s=clips / seconds)
+        line |= dict(data_wait=sum(report["waited"] for report in reports) / len(reports) / seconds)
         if self.main:
             with open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -1032,10 +1065,22 @@ class Log:
             refresh=False,
         )
         passes = [step * self.args.batch_size // len(self.videos) for step in (first, self.done)]
-        due = reports[0][4] or passes[0] < passes[1] or self.done == self.steps or self.stopping
+        due = reports[0]["late"] or passes[0] < passes[1] or self.done == self.steps or self.stopping
         self.pending, self.failed, self.waited, self.tick = [], [], 0.0, now
         self.saved = now if due else self.saved
         return due
+
+    def check_finite(self, first, reports):
+        """Raise FloatingPointError where a loss or norm of the steps from `first` on is not finite."""
+        for i, (*_, settings, _) in enumerate(self.pending):
+            blamed = [report for report in reports if not math.isfinite(report["values"][i][0])]
+            loss, norm = (blamed or reports)[0]["values"][i]
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise FloatingPointError(
+                    f"step {first + i}: loss {loss}, gradient norm {norm} ({settings}); the checkpoint in "
+                    f"{self.args.output_dir} is from before. The videos of that step:\n"
+                    + "\n".join(self.videos.name(j) for report in blamed or reports for j in report["indices"][i])
+                )
 
     def close(self):
         self.bar.close()
@@ -1044,15 +1089,16 @@ class Log:
             unusable = f"{len(self.failures.known)} of {len(self.videos)} {self.videos.unit} could not be used"
             print(f"{unusable}; {self.failures.log} says which and why")
 
-    def save(self, stage, model, optimizer, **more):
+    def save(self, model, optimizer, **more):
         """Write a checkpoint, by process 0, and stop where that was asked for: raises Stopped, on all processes."""
         if self.main:
-            content = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), stage=stage, step=self.done)
-            content |= dict(args=vars(self.args), videos=self.videos.digest)
+            content = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=self.done)
+            content |= dict(stage=self.args.stage, args=vars(self.args), videos=self.videos.digest)
             save_checkpoint(self.args.output_dir, **content, **more)
         if self.stopping and self.done < self.steps:
+            without = "" if self.args.resume else ", without --no-resume,"
             gather(None)  # none leaves before the file is there: a launcher ends the rest when one has left
             raise Stopped(
                 f"asked to stop ({self.stop.asked or 'another process was'}): saved after step {self.done} of "
-                f"{self.steps} in {self.args.output_dir}; the same command goes on from there"
+                f"{self.steps} in {self.args.output_dir}; the same command{without} goes on from there"
             )

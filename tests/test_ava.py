@@ -802,7 +802,7 @@ def test_a_batch_without_any_box_is_no_error(movies, tmp_path, monkeypatch):
     )
     train(f"{LINE} --weight_decay 0 --data", movies, "--output_dir", tmp_path)
     torch.manual_seed(0)
-    start = finetune_ava.build(parse(f"{SMALL} {LINE} --data x"))[0].state_dict()
+    start = m.Detector(**finetune_ava.config_of(parse(f"{SMALL} {LINE} --data x"))).state_dict()
     trained = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"]
     assert all(torch.equal(start[name], trained[name]) for name in start)
 
@@ -880,7 +880,7 @@ def test_bad_input_is_told_what_to_do(line, error, run, movies, tmp_path, monkey
     write_csv(tmp_path / "textbox.csv", ("text", 0.5, *GOOD[2:6]))
     (tmp_path / "empty.csv").write_text("")
     (tmp_path / "text.mp4").write_text("words")
-    mae = mae_pretrain.build(mae_pretrain.parse_args(["--model", "vit_demo", "--img_size", "32"])[0])[0]
+    mae = m.MAE(**mae_pretrain.config_of(mae_pretrain.parse_args(["--model", "vit_demo", "--img_size", "32"])[0]))
     torch.save({"model": mae.state_dict()}, tmp_path / "mae.pt")
     notes = movies / "annotations"
     for name, path in dict(

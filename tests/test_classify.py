@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -232,6 +233,7 @@ def test_ssv2_as_distributed_is_read_and_never_flipped(tmp_path):
             encode(root / "20bn" / f"{name}.webm", noise_frames(8), codec="libvpx-vp9")
         videos = data.find_videos(root, need_labels=True)
         assert [os.path.basename(videos.path(i)) for i in range(2)] == ["7.webm", "8.webm"]
+        assert data.find_videos(root / names[1]).digest == videos.digest
         assert videos.labels.tolist() == [1, 0] and videos.class_names[0] == "Moving something from left to right"
     args = parse(f"--dataset ssv2 --data {tmp_path / 'a'} --model vit_demo --lr 0.1")
     assert args.hflip is False and args.segments and args.recipe == "ssv2"
@@ -300,7 +302,13 @@ def test_mixing_mixes_whole_clips_and_targets_sum_to_one(mix):
 
 def test_repeats_of_a_video_are_not_mixed_with_one_another(demo):
     clips = data.Clips(data.find_videos(demo), clip_args(img_size=8))
-    batch = next(iter(data.make_loader(clips, data.Stream(8, 4, 4, 0, 1, 0, 0, 1), 0, torch.device("cpu"))))
+    batch = next(
+        iter(
+            data.make_loader(
+                clips, data.Stream(8, 4, 4, 0, 1, 0, 0, 1), argparse.Namespace(num_workers=0), torch.device("cpu")
+            )
+        )
+    )
     names = batch["index"] * 2
     assert all(a != b for a, b in zip(names, names[1:] + names[:1]))
     assert batch["label"].tolist() == [int(clips.videos.labels[i]) for i in names]
@@ -377,8 +385,26 @@ def test_scores_are_averaged_after_the_softmax():
     video = torch.zeros(5, 2, 4, 4, 3, dtype=torch.uint8)
     video[:, 0, 0, 0] = torch.tensor([[9, 0, 0], [0, 3, 0], [0, 3, 0], [0, 3, 0], [0, 1, 2]], dtype=torch.uint8)
     expected = video[:, 0, 0, 0].float().softmax(1).mean(0)
-    scores = finetune_cls.scores_of(Fixed(), video, torch.device("cpu"), most=2)
+    scores = finetune_cls.average_views(Fixed(), video, torch.device("cpu"), most=2)
     torch.testing.assert_close(scores, expected)
+
+
+@pytest.mark.parametrize("value", [math.nan, 0.5])
+def test_scores_that_say_nothing_are_not_right(value, run, labelled, tmp_path, monkeypatch):
+    args, _ = finetune_cls.parse_args(f"{SMALL} --data {labelled} --output_dir {tmp_path}".split())
+    videos = data.find_videos(labelled, "val", need_labels=True)
+    monkeypatch.setattr(finetune_cls, "average_views", lambda *_: torch.full((8,), value))
+    results = finetune_cls.test(m.Classifier(8), videos, args, torch.device("cpu"), 0, 1, None)
+    assert results["top1"] == 100 * (videos.labels == 0).mean()
+
+
+def test_clips_are_tested_as_trained_unless_flags_say_otherwise(run):
+    def tested(flags):
+        args, _ = finetune_cls.parse_args(f"--eval --dataset demo --init {run}/checkpoint.pt {flags}".split())
+        finetune_cls.restore(args)
+        return args.num_frames, args.sampling_rate, args.img_size
+
+    assert tested("") == (16, 4, 24) and tested("--sampling_rate 2 --img_size 32") == (16, 2, 32)
 
 
 # -------------------------------------------------------------------------------------------------------- stage
@@ -558,6 +584,7 @@ def test_predict_prints_the_five_likeliest_classes(run, labelled, capsys):
             "--data LISTS --num_classes 5 --batch_size 2",
             r"train.csv, line 2: .*label 7 is outside 0..4, the 5 classes there are",
         ),
+        ("--data LISTS/train.csv --num_classes 8", r"train.csv: one list, of videos to train on or to test on"),
         ("--data UNKNOWN --batch_size 1", r"val.csv, line 2: class 'dance' is none of the 1 classes \('walk'"),
         ("--data NOVAL --batch_size 1", r"no val split; expected val.csv or a folder val/"),
         (
@@ -591,14 +618,8 @@ def test_bad_input_is_told_what_to_do(line, error, run, labelled, tmp_path, monk
     encode(tmp_path / "noval" / "train" / "walk" / "a.mp4", noise_frames(8))
     (tmp_path / "text").write_text("words")
     torch.save({"model": {"head.weight": torch.zeros(8, 8)}}, tmp_path / "noencoder.pt")
-    torch.save(
-        {
-            "model": mae_pretrain.build(mae_pretrain.parse_args(["--model", "vit_demo", "--img_size", "24"])[0])[
-                0
-            ].state_dict()
-        },
-        tmp_path / "mae.pt",
-    )
+    mae = m.MAE(**mae_pretrain.config_of(mae_pretrain.parse_args(["--model", "vit_demo", "--img_size", "24"])[0]))
+    torch.save({"model": mae.state_dict()}, tmp_path / "mae.pt")
     for name, path in dict(
         LABELLED=labelled,
         LISTS="lists",

@@ -390,7 +390,8 @@ def test_each_pass_holds_each_video_once_whatever_the_processes():
 def test_the_number_of_workers_changes_nothing(demo, workers):
     def batches(workers):
         stream = data.Stream(8, 4, 2, 0, 1, 0, 0, 3)
-        return list(data.make_loader(pretrain_dataset(demo), stream, workers, torch.device("cpu")))
+        args = argparse.Namespace(num_workers=workers)
+        return list(data.make_loader(pretrain_dataset(demo), stream, args, torch.device("cpu")))
 
     for a, b in zip(batches(0), batches(workers), strict=True):
         assert a["index"] == b["index"] and a["video"].shape == (8, 3, 16, 32, 32)

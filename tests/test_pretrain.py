@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -58,10 +59,10 @@ def test_without_flags_the_run_is_table_5a_with_vit_l():
     )
     assert (args.epochs, args.warmup_epochs, args.lr, args.batch_size, args.repeats) == (800, 120, 1.6e-3, 512, 4)
     assert (args.weight_decay, args.clip_grad, args.hflip, args.crop) == (0.05, 0.02, True, [0.5, 1.0])
-    assert (args.mask_ratio, args.masking, args.norm_pix_loss, args.predict) == (0.9, "agnostic", True, "slice")
+    assert (args.mask_ratio, args.masking, args.norm_pix_loss, args.target) == (0.9, "agnostic", True, "slice")
     assert (args.decoder_width, args.decoder_depth, args.decoder_heads) == (512, 4, 8)
-    mae, config = mae_pretrain.build(args)
-    assert len(mae.decoder_blocks) == 4 and mae.decoder_pred.out_features == 768 and config["num_heads"] == 16
+    mae = m.MAE(**mae_pretrain.config_of(args))
+    assert len(mae.decoder_blocks) == 4 and mae.decoder_pred.out_features == 768 and mae.blocks[0].attn.num_heads == 16
     assert args.output_dir == "runs/mae_pretrain_kinetics400_vit_l"
 
 
@@ -69,7 +70,7 @@ def test_blocks_computed_twice_change_neither_loss_nor_gradients():
     results = []
     for flag in ("", "--checkpoint_activations"):
         torch.manual_seed(0)
-        mae, _ = mae_pretrain.build(parse(f"--model vit_demo {flag}"))
+        mae = m.MAE(**mae_pretrain.config_of(parse(f"--model vit_demo {flag}")))
         begun = []
         for block in [*mae.blocks, *mae.decoder_blocks]:
             block.register_forward_pre_hook(lambda block, _, begun=begun: begun.append(block))
@@ -78,6 +79,20 @@ def test_blocks_computed_twice_change_neither_loss_nor_gradients():
         assert set(Counter(begun).values()) == {2 if flag else 1}
         results.append((loss, *(parameter.grad for parameter in mae.parameters() if parameter.grad is not None)))
     torch.testing.assert_close(*results)
+
+
+def test_a_run_from_weights_does_not_write_beside_them():
+    assert parse("--init weights/a.pth --target tubelet").output_dir == "runs/mae_pretrain_kinetics400_vit_l"
+
+
+@pytest.mark.parametrize(
+    "folder, name", [("20bn-something-something-v2", "ssv2"), ("ssv2", "ssv2"), ("kinetics600", "kinetics600")]
+)
+def test_a_data_set_is_known_by_its_folder(folder, name, tmp_path):
+    (tmp_path / folder / "labels").mkdir(parents=True)
+    (tmp_path / folder / "labels" / "train.json").touch()
+    for data_set in (tmp_path / folder, tmp_path / folder / "labels" / "train.json"):
+        assert parse(f"--data {data_set}").dataset == name
 
 
 def test_pictures_of_a_model_lie_beside_it():
@@ -187,7 +202,25 @@ def test_a_run_is_neither_overwritten_nor_continued_with_other_arguments(run, de
     before = (run / "checkpoint.pt").read_bytes()
     with pytest.raises(InputError, match=r"other arguments \(--mask_ratio was 0.9, is 0.5\).*--no-resume"):
         train("--epochs 10 --batch_size 4 --lr 1e-3 --mask_ratio 0.5 --data", demo, "--output_dir", run)
+    with pytest.raises(InputError, match=r"other arguments \(--target was slice, is tubelet\)"):
+        train("--epochs 10 --batch_size 4 --lr 1e-3 --target tubelet --data", demo, "--output_dir", run)
     assert (run / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_restart_by_torchrun_does_not_start_anew(run, demo, monkeypatch):
+    args = parse(f"{SMALL} --epochs 10 --batch_size 4 --lr 1e-3 --data {demo} --output_dir {run} --no-resume")
+    assert m.find_run(args) is None
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert m.find_run(args)["step"] > 0
+
+
+def test_without_clipping_weights_move(demo, tmp_path):
+    line = "--epochs 4 --batch_size 4 --lr 1e-2 --warmup_epochs 0 --clip_grad 0 --data"
+    train(line, demo, "--output_dir", tmp_path)
+    torch.manual_seed(0)
+    new = m.MAE(**mae_pretrain.config_of(parse(SMALL)))
+    moved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"]["decoder_embed.weight"]
+    assert (moved - new.decoder_embed.weight).abs().max() > 1e-3
 
 
 def test_init_starts_from_weights(run, demo, tmp_path, capsys):
@@ -260,7 +293,8 @@ def command(line):
         ("--data DEMO --batch_size 512 --epochs 4", r"4 epochs of 8 videos.*smaller --batch_size or more --epochs"),
         ("--data DEMO --batch_size 8 --init absent.pt", r"absent.pt: no such checkpoint"),
         ("--data DEMO --batch_size 8 --init README.md", r"README.md: not a checkpoint"),
-        ("--visualize a.mp4", r"--visualize needs --init CHECKPOINT"),
+        ("--visualize a.mp4", r"--visualize needs --init CHECKPOINT: the MAE"),
+        ("--data DEMO --log_every 0", r"--log_every 0: must be above 0"),
     ],
 )
 def test_bad_input_is_told_what_to_do(line, error, demo, tmp_path, monkeypatch):
@@ -306,7 +340,12 @@ def test_visualize_writes_figure_and_animation_and_names_what_it_skips(run, demo
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.mp4").write_bytes(b"")
     video = next((demo / "val").iterdir())
-    assert command(f"--visualize {video} broken.mp4 --init {run}/checkpoint.pt --output_dir out") == ""
+    shutil.copy(video, "same.mp4")
+    (tmp_path / "b").mkdir()
+    shutil.copy(video, "b/same.mp4")
+    line = f"--visualize {video} broken.mp4 same.mp4 b/same.mp4 --init {run} --output_dir out"
+    assert "1 of 4 files are no videos that can be read" in command(line)
+    assert {"same_2.png", "same_3.png"} < {path.name for path in (tmp_path / "out" / "visualize").iterdir()}
     out = capsys.readouterr().out
     assert "skipped broken.mp4: cannot be opened" in out and f"out/visualize/{video.stem}.png" in out
     assert Image.open(tmp_path / "out" / "visualize" / f"{video.stem}.png").size[0] > 8 * 96
@@ -315,11 +354,11 @@ def test_visualize_writes_figure_and_animation_and_names_what_it_skips(run, demo
         assert container.streams.video[0].codec_context.name == "h264" and frame.width == 3 * frame.height
 
 
-@pytest.mark.parametrize("predict", ["slice", "tubelet"])
+@pytest.mark.parametrize("target", ["slice", "tubelet"])
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
-def test_pictures_show_real_colours_and_leave_visible_patches_alone(norm_pix_loss, predict, monkeypatch):
+def test_pictures_show_real_colours_and_leave_visible_patches_alone(norm_pix_loss, target, monkeypatch):
     flag = "--norm_pix_loss" if norm_pix_loss else "--no-norm_pix_loss"
-    mae, _ = mae_pretrain.build(parse(f"{SMALL} {flag} --predict {predict}"))
+    mae = m.MAE(**mae_pretrain.config_of(parse(f"{SMALL} {flag} --target {target}")))
     clip = torch.randint(0, 256, (16, 24, 24, 3), dtype=torch.uint8)
     forward = mae.forward
 
@@ -327,7 +366,7 @@ def test_pictures_show_real_colours_and_leave_visible_patches_alone(norm_pix_los
         loss, _, mask = forward(video, mask_ratio, noise)
         return loss, mae.target(m.patchify(video, mae.patch_size, mae.t_patch_size)), mask
 
-    shown = clip if predict == "tubelet" else clip[::2]
+    shown = clip if target == "tubelet" else clip[::2]
     original, masked, output = mae_pretrain.reconstruct(mae, clip, 0.9)
     assert torch.equal(original, shown)
     visible = (masked != 115).any(-1)  # hidden patches are grey, the mean

@@ -534,7 +534,10 @@ def test_processes_out_of_step_are_told_apart(videos, tmp_path, monkeypatch):
     monkeypatch.setattr(m, "gather", lambda value: [value, value + 1 if isinstance(value, int) else value])
     with pytest.raises(InputError, match=r"start at steps \[0, 1\]: .* must be a folder that all machines share"):
         m.Log(args, 0, 12, found, data.Failures(tmp_path / "failures.log", found))
-    monkeypatch.setattr(m, "gather", lambda value: [value, (*value[:5], 7) if isinstance(value, tuple) else value])
+    monkeypatch.setattr(m, "gather", lambda value: [value, (12, "other") if isinstance(value, tuple) else value])
+    with pytest.raises(InputError, match=r"different lists of videos: is .* alike on all machines"):
+        m.Log(args, 0, 12, found, data.Failures(tmp_path / "failures.log", found))
+    monkeypatch.setattr(m, "gather", lambda value: [value, value | {"step": 7} if isinstance(value, dict) else value])
     log = m.Log(args, 11, 12, found, data.Failures(tmp_path / "failures.log", found))
     with pytest.raises(InputError, match=r"out of step, at \[12, 7\]"):
         log.step(torch.zeros(()), torch.zeros(()), lr=0)
