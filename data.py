@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import PIXEL_MEAN, InputError, bar_interval, gather
+from model import PIXEL_MEAN, InputError, bar_interval, cores, gather
 
 DECODE_LIMIT = 60.0  # seconds that the decoding of one video may take
 LARGEST = 2**26  # pixels of a frame: a damaged header may promise any number, and the memory is taken
@@ -998,11 +998,13 @@ def collate(samples):
 
 
 def workers(args):
-    """Decoding processes for each training process: --num_workers, or its share of the machine's cores, at most 16."""
+    """Decoding processes for each training process: --num_workers, or its share of the cores, at most 16.
+
+    Half of its share where there is no GPU.
+    """
     if args.num_workers is not None:
         return args.num_workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return min(16, cores() if torch.cuda.is_available() else max(1, cores() // 2))
 
 
 def make_loader(dataset, stream, args, device):
@@ -1235,7 +1237,7 @@ def make_demo(part, folder="data/demo"):
 
 def make_videos(write, tasks):
     """Write videos with all cores; returns what `write` does, in the order of the tasks."""
-    with Pool(os.cpu_count()) as pool:
+    with Pool(cores()) as pool:
         made = pool.imap(write, tasks, 8)
         return list(tqdm(made, "making the demo's videos", len(tasks), mininterval=bar_interval()))
 

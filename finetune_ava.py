@@ -179,7 +179,7 @@ def keyframes_of(args, split):
 
 
 def train(args, recipe):
-    device, rank, world = m.start_process(args.device)
+    device, rank, world = m.start_process(args)
     out = Path(args.output_dir)
 
     # Data
@@ -384,7 +384,7 @@ def restore(args):
 
 
 def evaluate(args):
-    device, rank, world = m.start_process(args.device)
+    device, rank, world = m.start_process(args)
     args.data = data.locate(args, rank, "ava")
     detector, _ = restore(args)
     keyframes = keyframes_of(args, "val")
@@ -393,7 +393,7 @@ def evaluate(args):
 
 
 def predict(args):
-    device, _, _ = m.start_process(args.device)
+    device, _, _ = m.start_process(args)
     if not args.boxes:
         raise m.InputError("--predict needs --boxes CSV: rows of video,second,x1,y1,x2,y2, as shares of the frame")
     detector, actions = restore(args)

@@ -151,7 +151,7 @@ def config_of(args, num_classes):
 
 
 def train(args, recipe):
-    device, rank, world = m.start_process(args.device)
+    device, rank, world = m.start_process(args)
     out = Path(args.output_dir)
 
     # Data
@@ -319,7 +319,7 @@ def restore(args):
 
 
 def evaluate(args):
-    device, rank, world = m.start_process(args.device)
+    device, rank, world = m.start_process(args)
     args.data = data.locate(args, rank, "kinetics")
     classifier, classes = restore(args)
     known = classes or classifier.head.out_features
@@ -332,7 +332,7 @@ def evaluate(args):
 
 
 def predict(args):
-    device, _, _ = m.start_process(args.device)
+    device, _, _ = m.start_process(args)
     classifier, classes = restore(args)
     videos = data.VideoList("--predict", ".", args.predict)
     scores, failures = scores_of(classifier.to(device), videos, args, device, 0, 1)

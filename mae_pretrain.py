@@ -107,7 +107,7 @@ def config_of(args):
 
 
 def train(args, recipe):
-    device, rank, world = m.start_process(args.device)
+    device, rank, world = m.start_process(args)
     out = Path(args.output_dir)
 
     # Data
@@ -249,7 +249,7 @@ def main():
     args, recipe = parse_args()
     if not args.visualize:
         return train(args, recipe)
-    device, _, _ = m.start_process(args.device)
+    device, _, _ = m.start_process(args)
     mae, _ = m.restore(args, m.MAE, config_of, ("sampling_rate", "mask_ratio"))
     failed = visualize(mae.to(device), args.visualize, Path(args.output_dir) / "visualize", args, device)
     if failed:

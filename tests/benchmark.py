@@ -18,6 +18,8 @@ What was tried for speed, and what it gave (2 CPU cores with AVX-512 bf16, unles
                                      not 80
     one generator seeded a clip      torch.manual_seed also notes a stack trace for each device that is not in use:
                                      a 32 x 32 demo clip in 1.4 ms instead of 1.7
+    half the cores for vit_demo      one thread and one worker on two cores: 315 clips/s instead of 255 to 270; where other
+                                     programs run beside it, 190 clips/s instead of 9: OpenMP's threads wait for one another
     fp32 for vit_demo                its matrices are too small for bf16 on a CPU: fine-tuning 73 clips/s instead of 53
     GELU computed twice              stays out: 6 % less memory of a ViT-B step, no slower; inductor does it by itself
     glibc keeping what is freed      stays out: a ViT-B step on the CPU takes 20 % less, a demo step 9 %, as the kernel clears
@@ -118,7 +120,7 @@ def matrix_attention(self, x, grid=None):
 
 def run_step(task, size, ratio, clips, device, precision, compiled=False, attention=None, again=False):
     """Time forward + backward + optimizer; in a process of its own, whose memory tells. Prints nothing: a dict."""
-    device, _, _ = m.start_process(device)
+    device, _, _ = m.start_process(argparse.Namespace(device=device, model=size))
     if attention == "N x N":
         m.Attention.forward = matrix_attention
     rate = matrix_rate(device, precision)
