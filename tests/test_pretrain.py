@@ -317,6 +317,22 @@ def test_a_folder_of_broken_videos_ends_with_one_plain_line(workers, tmp_path):
     )
 
 
+def test_on_a_cpu_the_small_model_and_its_workers_share_the_cores(monkeypatch):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(m, "cores", lambda: 6)
+    monkeypatch.setattr(data, "cores", lambda: 6)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    try:
+        for line, omp, expected in (("--model vit_demo", None, 3), ("--model vit_demo", "5", 1), ("", None, 1)):
+            torch.set_num_threads(1)
+            monkeypatch.setenv("OMP_NUM_THREADS", omp) if omp else monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+            m.start_process(parse(line))
+            assert torch.get_num_threads() == expected
+        assert data.workers(parse("")) == 3 and data.workers(parse("--num_workers 0")) == 0
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_a_batch_that_does_not_divide_says_what_would():
     with pytest.raises(InputError, match=r"--batch_size 512 does not divide over 6 processes; 510 or 516 do"):
         m.split_batch(512, 6)
