@@ -45,13 +45,13 @@ DEMO = AVA | {  # vit_demo, minutes on two CPU cores: too few steps for SGD, and
     "optimizer": torch.optim.AdamW,
     "optimizer momentum": (0.9, 0.999),
     "weight decay": 0.05,
-    "learning rate": 2e-3,
-    "warmup epochs": 5,
-    "epochs": 40,
+    "learning rate": 4e-3,
+    "warmup epochs": 2.5,
+    "epochs": 20,
     "batch size": 8,
     "drop path": 0.1,
     "dropout": 0.0,
-    "layer-wise decay": 1.0,
+    "layer-wise decay": 0.75,
 }
 MICRO_BATCH = {"vit_b": 32, "vit_l": 16, "vit_h": 8}  # keyframes that fit on a GPU of 80 GB with room to spare
 IOU = 0.5  # overlap with a person, intersection over union, from which a detection counts
