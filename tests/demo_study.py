@@ -143,12 +143,16 @@ MASKED_FINETUNING = {0: (84.4, 1.0), 0.5: (84.1, 1.2), 0.75: (83.8, 1.3)}  # Tab
 
 
 def ablations(study, epochs, jobs):
-    """Short pre-trainings that differ in one thing, each fine-tuned for half as long as the demo's recipe says."""
+    """Pre-trainings that differ in one thing, each fine-tuned for half as long as the demo's recipe says.
+
+    epochs: of each pre-training; None: as many as the recipe says.
+    """
     short = LENGTHS["finetune_cls"][0]
 
     def both(flags):
-        name = f"epochs{epochs}_" + ("_".join(f"{key}{value}" for key, value in flags.items()) or "plain")
-        init = study.pretrain(name, epochs=epochs, **flags)
+        flags = flags | ({"epochs": epochs} if epochs else {})
+        name = "_".join(f"{key}{value}" for key, value in flags.items()) or "default"
+        init = study.pretrain(name, **flags)
         pretraining = study.start("mae_pretrain", name).result()
         runs = [study.start("finetune_cls", f"from_{name}_seed{s}", init=init, seed=s, epochs=short) for s in SEEDS[:2]]
         return [run.result()["top1"] for run in runs], pretraining
@@ -183,7 +187,7 @@ def main():
     parser.add_argument("parts", nargs="*", metavar="PART", help="pays, detects, ablations; default: all")
     parser.add_argument("--folder", default="runs/study")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs at once")
-    parser.add_argument("--epochs", type=int, default=16, help="effective epochs of each pre-training in `ablations`")
+    parser.add_argument("--epochs", type=int, help="of each pre-training in `ablations`; default: the recipe's")
     args = parser.parse_args()
     unknown = set(args.parts) - {"pays", "detects", "ablations"}
     if unknown:
