@@ -205,6 +205,8 @@ def files_below(folder):
 
 def read_list(file, root, split, need_labels=False, classes=None):
     """Read a list of videos: 'path label' lines, or the official Kinetics csv."""
+    if str(file).lower().endswith(SUFFIXES):
+        raise InputError(f"{file}: a video, not a list of them; give the folder that it is in")
     with open(file, encoding="utf-8", newline="") as text:
         first = text.readline()
         text.seek(0)
@@ -661,6 +663,7 @@ def read_boxes(file, scored, plain=False):
     file and line, where a row has another form, a box has no area or an action is outside 1..80.
     """
     expected = "video,time stamp,x1,y1,x2,y2" + ("" if plain else ",action," + ("score" if scored else "person"))
+    expected += ", and no header line"
     numbers, video, time, box, action, score = {}, [], [], [], [], []
 
     def wrong(line, row, what):

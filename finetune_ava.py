@@ -60,7 +60,9 @@ SHOWN = 3, 0.2  # what pictures name of a person: so many actions, of at least t
 
 def parse_args(argv=None):
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, epilog="data:\n" + data.AVA_LAYOUT)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=formatter, allow_abbrev=False, epilog="data:\n" + data.AVA_LAYOUT
+    )
     m.add_arguments(parser)
     data.add_arguments(parser)
     m.add_finetuning_arguments(parser)
@@ -77,11 +79,19 @@ def parse_args(argv=None):
     add("--test_crop", choices=("center", "full"),
         help="short side 256 and the middle 224 x 224 (default), or the whole frame at short side 256")  # fmt: skip
     add("--score", metavar="CSV", help="do not train: score these detections by AVA's protocol; no model is needed")
-    add("--ground_truth", metavar="CSV", help="to score against; default: the data set's")
-    add("--action_list", metavar="PBTXT", help="the actions that count; default: the data set's")
+    add("--ground_truth", metavar="CSV", help="to score against; --score needs it, otherwise default: the data set's")
+    add(
+        "--action_list",
+        metavar="PBTXT",
+        help="the actions that count; --score needs it, otherwise default: the data set's",
+    )
     add("--excluded", metavar="CSV", help="time stamps that do not count; default: the data set's")
     add("--capacity", type=int, help="detections of a keyframe that count; 50 in later challenges; default: all")
-    add("--boxes", metavar="CSV", help="person boxes to test on, default: the data set's; or those for --predict")
+    add(
+        "--boxes",
+        metavar="CSV",
+        help="boxes to test on, default: the data set's; for --predict: video,second of the file,x1,y1,x2,y2",
+    )
     add("--predict", metavar="VIDEO", help="do not train: say what the persons in --boxes do, and draw it")
 
     dataset, size = m.first_look(parser, argv, "ava")
@@ -378,7 +388,7 @@ def test(detector, keyframes, actions, args, device, rank, world):
 
 def restore(args):
     """The detector in --init and the names of its actions or None; clips will be as it was trained to see them."""
-    seen = "num_frames", "sampling_rate", "img_size"
+    seen = "num_frames", "sampling_rate", "img_size", "test_crop", "precision"
     detector, checkpoint = m.restore(args, m.Detector, config_of, seen)
     return detector, checkpoint.get("actions")
 

@@ -84,7 +84,9 @@ MICRO_BATCH = {"vit_b": 16, "vit_l": 8, "vit_h": 4}  # videos that fit on a GPU 
 
 def parse_args(argv=None):
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, epilog="data:\n" + data.LAYOUTS)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=formatter, allow_abbrev=False, epilog="data:\n" + data.LAYOUTS
+    )
     m.add_arguments(parser)
     data.add_arguments(parser)
     data.add_sampling_arguments(parser)
@@ -96,7 +98,7 @@ def parse_args(argv=None):
     add("--erasing", type=float, default=0.0, help="chance of random erasing; the released configuration has 0.25")
     add("--mixup", type=float, help="its alpha; each batch has MixUp or CutMix; 0: never")
     add("--cutmix", type=float, help="its alpha; 0: never")
-    add("--label_smoothing", type=float)
+    add("--label_smoothing", type=float, help="share of the target that all classes get")
     add("--mask_start", type=float, default=0.0, help="share of tokens hidden at first, 0 at the end (Table 11)")
     add("--views", help="clips x crops of a video to test on; default: 7x3 on Kinetics, 1x3 on SSv2")
     add("--save_scores", action="store_true", help="keep each test video's averaged scores, in scores.pt")
@@ -313,7 +315,7 @@ def restore(args):
             raise m.InputError(f"{args.init}: not a checkpoint of this stage; --num_classes says how many it knows")
         return config_of(args, count)
 
-    seen = "num_frames", "sampling_rate", "img_size", "segments"
+    seen = "num_frames", "sampling_rate", "img_size", "segments", "views", "precision"
     classifier, checkpoint = m.restore(args, m.Classifier, from_elsewhere, seen)
     return classifier, checkpoint.get("class_names")
 

@@ -52,7 +52,9 @@ MICRO_BATCH = {"vit_b": 32, "vit_l": 16, "vit_h": 8}  # videos that fit on a GPU
 
 def parse_args(argv=None):
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, epilog="data:\n" + data.LAYOUTS)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=formatter, allow_abbrev=False, epilog="data:\n" + data.LAYOUTS
+    )
     m.add_arguments(parser)
     data.add_arguments(parser)
     data.add_sampling_arguments(parser)
@@ -88,6 +90,8 @@ def parse_args(argv=None):
     m.settle(args, recipe, "mae_pretrain", parser, argv)
     if args.decoder_heads is None:
         args.decoder_heads = max(1, args.decoder_width // 64)
+    if args.decoder_width % args.decoder_heads:
+        raise m.InputError(f"--decoder_heads {args.decoder_heads} does not divide --decoder_width {args.decoder_width}")
     return args, recipe
 
 
@@ -250,7 +254,7 @@ def main():
     if not args.visualize:
         return train(args, recipe)
     device, _, _ = m.start_process(args)
-    mae, _ = m.restore(args, m.MAE, config_of, ("sampling_rate", "mask_ratio"))
+    mae, _ = m.restore(args, m.MAE, config_of, ("sampling_rate", "mask_ratio", "precision"))
     failed = visualize(mae.to(device), args.visualize, Path(args.output_dir) / "visualize", args, device)
     if failed:
         raise m.InputError(f"{failed} of {len(args.visualize)} files are no videos that can be read")

@@ -18,6 +18,7 @@ import argparse
 import functools
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -476,6 +477,7 @@ def read_checkpoint(path):
         raise InputError(f"{path}: no such checkpoint") from None
     except Exception as error:  # torch.load raises what the damage happens to hit: zip, pickle, key, end of file
         reason = str(error).split("\n")[0]
+        reason = "it holds more than tensors and plain values" if "weights_only" in reason else reason
         raise InputError(f"{path}: not a checkpoint that can be read ({reason}); is the file whole?") from None
 
 
@@ -599,10 +601,17 @@ def cosine_decay(epoch, lr, warmup_epochs, epochs):
 # ----------------------------------------------------------------------------------------------------------- runs
 
 # Arguments that may change when a run is resumed: on where files are, how fast it runs, or the test alone.
-MAY_CHANGE = {"stage", "given", "resume", "output_dir", "data", "videos", "init", "num_workers", "micro_batch",
+MAY_CHANGE = {"stage", "given", "resume", "output_dir", "data", "videos", "num_workers", "micro_batch",
               "max_failures", "log_every", "save_minutes", "device", "compile", "checkpoint_activations", "views",
               "save_scores", "boxes", "ground_truth", "excluded", "action_list", "test_crop", "capacity",
               "video_start"}  # fmt: skip
+# What numbers on the command line may be, at least and at most.
+LIMITS = dict.fromkeys(
+    ("log_every", "repeats", "num_frames", "img_size", "decoder_width", "decoder_heads"), (1, math.inf)
+)
+LIMITS |= dict.fromkeys(("seed", "num_workers", "sampling_rate", "save_minutes", "max_failures"), (0, math.inf))
+LIMITS |= dict.fromkeys(("lr", "weight_decay", "clip_grad", "warmup_epochs", "mixup", "cutmix"), (0, math.inf))
+LIMITS |= dict.fromkeys(("label_smoothing", "drop_path", "dropout", "layer_decay", "erasing", "crop"), (0, 1))
 TIMEOUT = timedelta(minutes=10)  # that a process waits for the others, before it gives up
 
 
@@ -624,6 +633,8 @@ def run_stage(main):
     except Stopped as stop:
         print(f"{name}: {stop}", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
+    except KeyboardInterrupt:
+        sys.exit(f"{name}: interrupted; the same command goes on from the last checkpoint")
     except (InputError, FloatingPointError) as error:
         sys.exit(f"{name}: error: {error}")
     except OSError as error:
@@ -636,6 +647,10 @@ def run_stage(main):
         if dist.is_initialized() and re.search("[Cc]onnection|[Tt]imed out|Broken pipe|NCCL|gloo", reason):
             sys.exit(f"{name}: error: another process has ended or does not answer; see what it says ({reason})")
         raise
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for worker in multiprocessing.active_children():  # after an error; they outlast the SIGTERM that Python sends
+            worker.kill()
     if dist.is_initialized():
         dist.destroy_process_group()
         sys.stdout.flush()
@@ -659,10 +674,10 @@ def add_arguments(parser):
     add("--batch_size", type=int, help="videos in a step, over all GPUs; each gives --repeats clips")
     add("--micro_batch", type=int, help="videos that a GPU takes at once, if its memory is short; gradients add up")
     add("--lr", type=float, help="peak learning rate; default: the table's, scaled linearly with --batch_size")
-    add("--weight_decay", type=float)
+    add("--weight_decay", type=float, help="on matrices alone; default: the table's")
     add("--clip_grad", type=float, help="the gradient's norm is cut to this; default: the table's; 0: not at all")
-    add("--seed", type=int, default=0)
-    add("--log_every", type=int, default=10, metavar="STEPS")
+    add("--seed", type=int, default=0, help="of weights, clips, masks and mixing; the same seed gives the same run")
+    add("--log_every", type=int, default=10, metavar="STEPS", help="steps to a line of log.jsonl")
     add("--save_minutes", type=float, default=10, help="time between checkpoints, beside one after each pass")
     add("--device", help="default: cuda if there is one, else cpu")
     add("--precision", choices=("bf16", "fp32"), help="default: bf16 autocast where the hardware has it")
@@ -715,9 +730,16 @@ def settle(args, recipe, stage, parser, argv):
     unset = object()
     given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
     args.stage, args.given = stage, sorted(name for name, value in vars(given).items() if value is not unset)
-    for name in ("log_every", "repeats", "num_frames", "img_size", "epochs"):
-        if vars(args)[name] <= 0:
-            raise InputError(f"--{name} {vars(args)[name]}: must be above 0")
+    for name, (low, high) in LIMITS.items():
+        values = vars(args).get(name)
+        for value in values if isinstance(values, list) else [values]:
+            if value is not None and not low <= value <= high:
+                raise InputError(f"--{name} {value}: must be {low} to {high}" if high < math.inf else
+                                 f"--{name} {value}: must be at least {low}")  # fmt: skip
+    if vars(args).get("crop") and not 0 < args.crop[0] <= args.crop[1]:
+        raise InputError(
+            f"--crop {args.crop[0]:g} {args.crop[1]:g}: shares of the frame, the smaller one first, above 0"
+        )
     if args.warmup_epochs is None:
         args.warmup_epochs = min(recipe["warmup epochs"], recipe["warmup epochs"] / recipe["epochs"] * args.epochs)
     if args.lr is None:
@@ -727,7 +749,8 @@ def settle(args, recipe, stage, parser, argv):
     if args.output_dir is None:
         args.output_dir = f"runs/{stage}_{args.dataset}_{args.model}"
         if args.init and any(vars(args).get(use) for use in ("visualize", "predict", "eval")):
-            args.output_dir = str(args.init if Path(args.init).is_dir() else Path(args.init).parent)
+            folder = Path(args.init) if Path(args.init).is_dir() else Path(args.init).parent
+            args.output_dir = str(folder / "eval" if vars(args).get("eval") else folder)
 
 
 def cores():
@@ -739,7 +762,12 @@ def cores():
 def start_process(args):
     """Join the processes that torchrun started, or run alone: (device, rank, world size)."""
     local, world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise InputError(f"--device {args.device}: {error}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {args.device}: there is no GPU that PyTorch can use")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", local)
     if device.type == "cuda":
@@ -943,6 +971,8 @@ def restore(args, kind, config_of, seen):
     if isinstance(checkpoint, dict) and checkpoint.get("stage") == args.stage:
         model, state = kind(**checkpoint["config"]), checkpoint["model"]
         vars(args).update((name, checkpoint["args"][name]) for name in seen if name not in args.given)
+    elif isinstance(checkpoint, dict) and "stage" in checkpoint:
+        raise InputError(f"{args.init}: a checkpoint of {checkpoint['stage']}; give one of {args.stage}")
     else:
         model, state, checkpoint = kind(**config_of(args)), checkpoint, {}
     missing = load_pretrained(model, args.init, state)["not found"]
@@ -976,6 +1006,8 @@ class Stop:
             raise KeyboardInterrupt
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # data workers may get the signal, too: their end is no error now
         self.asked = signal.Signals(number).name
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{self.asked}: stopping after this step; Ctrl-C again ends at once", file=sys.stderr)
 
     def agreed(self):
         """Once a step: whether to stop now. All give the same answer, from the signals that were there a step before.

@@ -9,6 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 
 import data
 
@@ -40,12 +41,14 @@ def noise_frames(n, height=48, width=64, seed=0):
 
 
 @pytest.fixture(autouse=True)
-def signals():
-    """A run that a test breaks off leaves its handlers behind; processes that are forked later would outlast SIGTERM."""
+def process():
+    """A run leaves its handlers, for processes that are forked later, and its number of threads: both are put back."""
+    threads = torch.get_num_threads()
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -404,6 +404,7 @@ def test_clips_are_tested_as_trained_unless_flags_say_otherwise(run):
         finetune_cls.restore(args)
         return args.num_frames, args.sampling_rate, args.img_size
 
+    assert finetune_cls.parse_args(["--eval", "--init", f"{run}/checkpoint.pt"])[0].output_dir == f"{run}/eval"
     assert tested("") == (16, 4, 24) and tested("--sampling_rate 2 --img_size 32") == (16, 2, 32)
 
 

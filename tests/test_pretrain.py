@@ -202,6 +202,9 @@ def test_a_run_is_neither_overwritten_nor_continued_with_other_arguments(run, de
     before = (run / "checkpoint.pt").read_bytes()
     with pytest.raises(InputError, match=r"other arguments \(--mask_ratio was 0.9, is 0.5\).*--no-resume"):
         train("--epochs 10 --batch_size 4 --lr 1e-3 --mask_ratio 0.5 --data", demo, "--output_dir", run)
+    with pytest.raises(InputError, match=r"other arguments \(--init was None, is .*checkpoint.pt\)"):
+        line = f"--epochs 10 --batch_size 4 --lr 1e-3 --init {run}/checkpoint.pt --data"
+        train(line, demo, "--output_dir", run)
     with pytest.raises(InputError, match=r"other arguments \(--target was slice, is tubelet\)"):
         train("--epochs 10 --batch_size 4 --lr 1e-3 --target tubelet --data", demo, "--output_dir", run)
     assert (run / "checkpoint.pt").read_bytes() == before
@@ -294,7 +297,14 @@ def command(line):
         ("--data DEMO --batch_size 8 --init absent.pt", r"absent.pt: no such checkpoint"),
         ("--data DEMO --batch_size 8 --init README.md", r"README.md: not a checkpoint"),
         ("--visualize a.mp4", r"--visualize needs --init CHECKPOINT: the MAE"),
-        ("--data DEMO --log_every 0", r"--log_every 0: must be above 0"),
+        ("--data DEMO --log_every 0", r"--log_every 0: must be at least 1"),
+        ("--data DEMO --seed -1", r"--seed -1: must be at least 0"),
+        ("--data DEMO --crop 1 0.5", r"--crop 1 0.5: shares of the frame, the smaller one first"),
+        ("--data DEMO --crop 0.5 2", r"--crop 2.0: must be 0 to 1"),
+        ("--data DEMO --decoder_heads 3", r"--decoder_heads 3 does not divide --decoder_width 32"),
+        ("--data DEMO --device gpu", r"--device gpu: "),
+        ("--data DEMO --device cuda", r"--device cuda: there is no GPU that PyTorch can use"),
+        ("--data DEMO/val/val0_000005_000008.mp4", r"val0_000005_000008.mp4: a video, not a list of them"),
     ],
 )
 def test_bad_input_is_told_what_to_do(line, error, demo, tmp_path, monkeypatch):

@@ -517,6 +517,14 @@ def test_a_process_that_ends_alone_leaves_no_other_waiting(videos, tmp_path):
     assert code != 0 and "mae_pretrain.py: error: made up" in out and time.monotonic() - began < 50
 
 
+@pytest.mark.parametrize("error", ["m.InputError('made up')", "ValueError('made up')"])
+def test_an_error_in_the_loop_ends_the_workers_too(error, videos, tmp_path):
+    harm = f"def failing(self, *args, **kwargs):\n    raise {error}\nm.Log.step = failing"
+    line = line_of("mae_pretrain.py", videos, tmp_path / "run") + " --num_workers 2 --epochs 400"
+    code, out = finish(start("mae_pretrain.py", line, harm=harm, folder=tmp_path), 60)
+    assert code == 1 and "made up" in out, out
+
+
 @pytest.mark.long
 def test_a_process_that_hangs_is_given_up_after_the_time_limit(videos, tmp_path):
     harm = SLOW + "\nimport datetime\nm.TIMEOUT = datetime.timedelta(seconds=8)"
