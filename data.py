@@ -86,7 +86,7 @@ def add_arguments(parser):
 def add_sampling_arguments(parser):
     """The arguments on where in a video the clips are: in the stages that know no more of it than its label."""
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
-    add("--dataset", help="kinetics400 (default), kinetics600, kinetics700, ssv2; demo: small videos made here")
+    add("--dataset", help="kinetics400, kinetics600, kinetics700, ssv2; demo: small videos made here")
     add("--repeats", type=int, help="clips from a video that was opened: reading costs more than a second clip")
     add("--crop", type=float, nargs=2, metavar=("MIN", "MAX"), help="area of a random crop, as a share of the frame")
     add("--segments", action=switch, help="a frame from each of --num_frames equal parts of a video; default: on SSv2")

@@ -59,15 +59,11 @@ SHOWN = 3, 0.2  # what pictures name of a person: so many actions, of at least t
 
 
 def parse_args(argv=None):
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=formatter, allow_abbrev=False, epilog="data:\n" + data.AVA_LAYOUT
-    )
-    m.add_arguments(parser)
+    parser = m.make_parser(__doc__, data.AVA_LAYOUT)
     data.add_arguments(parser)
     m.add_finetuning_arguments(parser)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
-    add("--dataset", help="ava (default); demo: small movies made here")
+    add("--dataset", help="ava; demo: small movies made here")
     add("--detection_threshold", type=float, default=0.8, help="score from which a detector's person boxes are used")
     add(
         "--video_start",
@@ -77,7 +73,7 @@ def parse_args(argv=None):
     add("--allow_missing", action="store_true", help="go on where movies are missing: they are left out and counted")
     add("--rel_pos", action=switch, default=False, help="relative positions in every block (Table 8)")
     add("--test_crop", choices=("center", "full"),
-        help="short side 256 and the middle 224 x 224 (default), or the whole frame at short side 256")  # fmt: skip
+        help="short side 256 and the middle 224 x 224, or the whole frame at short side 256")  # fmt: skip
     add("--score", metavar="CSV", help="do not train: score these detections by AVA's protocol; no model is needed")
     add("--ground_truth", metavar="CSV", help="to score against; --score needs it, otherwise default: the data set's")
     add(
@@ -94,18 +90,20 @@ def parse_args(argv=None):
     )
     add("--predict", metavar="VIDEO", help="do not train: say what the persons in --boxes do, and draw it")
 
-    dataset, size = m.first_look(parser, argv, "ava")
-    parser.set_defaults(dataset=dataset, model=size)
-    given = parser.parse_args(argv)
+    first = m.first_look(parser, argv, "ava")
+    dataset, size = first.dataset, first.model
     name, table = ("the demo's recipe", DEMO) if size == "vit_demo" else ("Table 6a", AVA)
-    elsewhere = given.score or given.predict or given.eval  # where there is no learning rate to miss
-    recipe = m.column(name, table, size, 0 if elsewhere else given.lr)
+    elsewhere = first.score or first.predict or first.eval  # where there is no learning rate to miss
+    recipe = m.column(name, table, size, 0 if elsewhere else first.lr)
     parser.set_defaults(
+        dataset=dataset,
+        model=size,
         repeats=1,
         weight_decay=recipe["weight decay"],
         epochs=recipe["epochs"],
         hflip=True,
         batch_size=recipe["batch size"],
+        clip_grad=0.0,  # the table has none
         drop_path=recipe["drop path"],
         dropout=recipe["dropout"],
         layer_decay=recipe["layer-wise decay"],

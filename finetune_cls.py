@@ -11,7 +11,6 @@ averaged. Epochs are effective and batches count videos, as in pre-training. Wit
 Kinetics-400 for 800 epochs, this gives 84.4 % there (Table 11).
 """
 
-import argparse
 import contextlib
 import functools
 import json
@@ -83,16 +82,12 @@ MICRO_BATCH = {"vit_b": 16, "vit_l": 8, "vit_h": 4}  # videos that fit on a GPU 
 
 
 def parse_args(argv=None):
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=formatter, allow_abbrev=False, epilog="data:\n" + data.LAYOUTS
-    )
-    m.add_arguments(parser)
+    parser = m.make_parser(__doc__, data.LAYOUTS)
     data.add_arguments(parser)
     data.add_sampling_arguments(parser)
     m.add_finetuning_arguments(parser)
     add = parser.add_argument
-    add("--recipe", choices=RECIPES, help="default: ssv2 for ssv2, demo for vit_demo, else kinetics")
+    add("--recipe", choices=RECIPES, help="ssv2 for ssv2, demo for vit_demo, else kinetics")
     add("--num_classes", type=int, help="default: the data set's, or as many as the training list names")
     add("--rand_augment", type=float, nargs=2, metavar=("MAGNITUDE", "DEVIATION"), help="of 0 to 10; 0 0: none")
     add("--erasing", type=float, default=0.0, help="chance of random erasing; the released configuration has 0.25")
@@ -100,17 +95,18 @@ def parse_args(argv=None):
     add("--cutmix", type=float, help="its alpha; 0: never")
     add("--label_smoothing", type=float, help="share of the target that all classes get")
     add("--mask_start", type=float, default=0.0, help="share of tokens hidden at first, 0 at the end (Table 11)")
-    add("--views", help="clips x crops of a video to test on; default: 7x3 on Kinetics, 1x3 on SSv2")
+    add("--views", help="clips x crops of a video to test on: 7x3 on Kinetics, 1x3 on SSv2")
     add("--save_scores", action="store_true", help="keep each test video's averaged scores, in scores.pt")
     add("--predict", nargs="+", metavar="VIDEO", help="do not train: print the 5 likeliest classes of each video")
 
-    dataset, size = m.first_look(parser, argv)
-    parser.set_defaults(dataset=dataset, model=size)
-    given = parser.parse_args(argv)
-    name = given.recipe or ("ssv2" if dataset == "ssv2" else "demo" if size == "vit_demo" else "kinetics")
-    elsewhere = given.predict or given.eval  # where there is no learning rate to miss
-    recipe = m.column(f"--recipe {name}", RECIPES[name], size, 0 if elsewhere else given.lr)
+    first = m.first_look(parser, argv)
+    dataset, size = first.dataset, first.model
+    name = first.recipe or ("ssv2" if dataset == "ssv2" else "demo" if size == "vit_demo" else "kinetics")
+    elsewhere = first.predict or first.eval  # where there is no learning rate to miss
+    recipe = m.column(f"--recipe {name}", RECIPES[name], size, 0 if elsewhere else first.lr)
     parser.set_defaults(
+        dataset=dataset,
+        model=size,
         recipe=name,
         weight_decay=recipe["weight decay"],
         epochs=recipe["epochs"],
@@ -119,6 +115,7 @@ def parse_args(argv=None):
         crop=recipe["augmentation"].get("crop", CROP),
         rand_augment=list(recipe["augmentation"]["RandAug"]),
         batch_size=recipe["batch size"],
+        clip_grad=0.0,  # the tables have none
         mixup=recipe["mixup"],
         cutmix=recipe["cutmix"],
         label_smoothing=recipe["label smoothing"],

@@ -51,11 +51,7 @@ MICRO_BATCH = {"vit_b": 32, "vit_l": 16, "vit_h": 8}  # videos that fit on a GPU
 
 
 def parse_args(argv=None):
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=formatter, allow_abbrev=False, epilog="data:\n" + data.LAYOUTS
-    )
-    m.add_arguments(parser)
+    parser = m.make_parser(__doc__, data.LAYOUTS)
     data.add_arguments(parser)
     data.add_sampling_arguments(parser)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
@@ -68,7 +64,8 @@ def parse_args(argv=None):
     add("--decoder_heads", type=int, help="default: 64 wide each; later released files have 16 at width 512")
     add("--visualize", nargs="+", metavar="VIDEO", help="do not train: draw what the model in --init reconstructs")
 
-    dataset, size = m.first_look(parser, argv)
+    first = m.first_look(parser, argv)
+    dataset, size = first.dataset, first.model
     recipe = DEMO_RECIPE if size == "vit_demo" else RECIPE
     parser.set_defaults(
         dataset=dataset,
@@ -171,6 +168,8 @@ def train(args, recipe):
         visualize(mae, paths, out / "reconstructions", args, device)
         print(f"{out}: checkpoint.pt, log.jsonl, args.json, reconstructions/")
         print(f"next: python mae_pretrain.py --visualize VIDEO --init {out / 'checkpoint.pt'}")
+        labelled = "--dataset demo" if args.dataset == "demo" else f"--model {args.model} --data LABELLED_VIDEOS"
+        print(f"  or: python finetune_cls.py {labelled} --init {out / 'checkpoint.pt'}")
 
 
 # ------------------------------------------------------------------------------------------------------- pictures

@@ -658,10 +658,22 @@ def run_stage(main):
         os._exit(0)  # gloo's threads may still let go of tensors: Python aborts now and then when it ends under them
 
 
-def add_arguments(parser):
-    """The arguments on the model and on the run that the stages share."""
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Leaves the docstring as it is, and ends an argument's help with its default, which the recipe may have given."""
+
+    def _get_help_string(self, action):
+        if isinstance(action.default, bool) or action.default in (None, argparse.SUPPRESS):
+            return action.help
+        return f"{action.help} (default: %(default)s)"
+
+
+def make_parser(doc, layouts):
+    """A stage's parser: its docstring, the layouts of its data, and the arguments on model and run that all share."""
+    parser = argparse.ArgumentParser(
+        description=doc, epilog="data:\n" + layouts, formatter_class=HelpFormatter, allow_abbrev=False
+    )
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
-    add("--model", choices=SIZES, help="default: vit_l; vit_demo for the demo")
+    add("--model", choices=SIZES, help="vit_l, but vit_demo for the demo")
     add("--init", metavar="CHECKPOINT", help="start from these weights: a file of this project, or see the README")
     add("--output_dir", help="default: runs/STAGE_DATASET_MODEL; where nothing is trained, the folder of --init")
     add("--resume", action=switch, default=True, help="go on from the checkpoint in --output_dir, if there is one")
@@ -674,8 +686,8 @@ def add_arguments(parser):
     add("--batch_size", type=int, help="videos in a step, over all GPUs; each gives --repeats clips")
     add("--micro_batch", type=int, help="videos that a GPU takes at once, if its memory is short; gradients add up")
     add("--lr", type=float, help="peak learning rate; default: the table's, scaled linearly with --batch_size")
-    add("--weight_decay", type=float, help="on matrices alone; default: the table's")
-    add("--clip_grad", type=float, help="the gradient's norm is cut to this; default: the table's; 0: not at all")
+    add("--weight_decay", type=float, help="on matrices alone")
+    add("--clip_grad", type=float, help="the gradient's norm is cut to this; 0: not at all")
     add("--seed", type=int, default=0, help="of weights, clips, masks and mixing; the same seed gives the same run")
     add("--log_every", type=int, default=10, metavar="STEPS", help="steps to a line of log.jsonl")
     add("--save_minutes", type=float, default=10, help="time between checkpoints, beside one after each pass")
@@ -683,6 +695,7 @@ def add_arguments(parser):
     add("--precision", choices=("bf16", "fp32"), help="default: bf16 autocast where the hardware has it")
     add("--compile", action=switch, help="torch.compile the model; default: on a GPU")
     add("--checkpoint_activations", action=switch, help="compute blocks twice: slower, far less memory")
+    return parser
 
 
 def add_finetuning_arguments(parser):
@@ -695,11 +708,12 @@ def add_finetuning_arguments(parser):
 
 
 def first_look(parser, argv, default="kinetics400"):
-    """(dataset, model) of a command line: the recipe, and so every other default, depends on them."""
+    """What the recipe, and so every other default, depends on: a command line's arguments, with dataset and model."""
     argv = sys.argv[1:] if argv is None else argv
     args, _ = parser.parse_known_args([arg for arg in argv if arg not in ("-h", "--help")])
-    dataset = args.dataset or (dataset_of(args.data) if args.data else default)
-    return dataset, args.model or ("vit_demo" if dataset == "demo" else "vit_l")
+    args.dataset = args.dataset or (dataset_of(args.data) if args.data else default)
+    args.model = args.model or ("vit_demo" if args.dataset == "demo" else "vit_l")
+    return args
 
 
 def dataset_of(data):
@@ -896,6 +910,10 @@ def announce(args, model, videos, device, world, steps, micro_batch):
     print(f"{videos.source}: {len(videos)} {unit}; {args.epochs:g} effective epochs are {passes:g} passes over it")
     print(f"{steps} steps of {args.batch_size} {unit}, {args.repeats} clips each; learning rate {args.lr:.3g}")
     print(f"{world} processes, {micro_batch} {unit} at once on each")
+    if device.type == "cpu" and args.model != "vit_demo":
+        print(f"warning: on a CPU a step of {args.model} takes minutes; --model vit_demo is made for one")
+    if rest := args.img_size % model.patch_size:
+        print(f"warning: of --img_size {args.img_size}, {rest} rows and columns fill no patch and are dropped")
 
 
 def find_checkpoint(folder):

@@ -16,6 +16,8 @@ import torch
 from PIL import Image
 
 import data
+import finetune_ava
+import finetune_cls
 import mae_pretrain
 import model as m
 from model import InputError
@@ -357,6 +359,40 @@ def test_help_explains_epochs_and_batches():
         [sys.executable, "mae_pretrain.py", "--help"], cwd=ROOT, capture_output=True, text=True, env=env
     )
     assert "Epochs are effective" in shown.stdout and "512 of them are 2048 clips a step" in shown.stdout
+
+
+@pytest.mark.parametrize("stage", [mae_pretrain, finetune_cls, finetune_ava], ids=lambda stage: stage.__name__)
+def test_help_shows_the_values_of_the_recipe_at_hand(stage, capsys):
+    for size, shown in {
+        "vit_h": {
+            mae_pretrain: ("800", "512", "0.02"),
+            finetune_cls: ("75", "256", "0.8"),
+            finetune_ava: ("30", "128"),
+        },
+        "vit_demo": {mae_pretrain: ("48", "8", "1.0"), finetune_cls: ("96", "16", "2x3"), finetune_ava: ("20", "8")},
+    }.items():
+        line = ["--dataset", "demo"] if size == "vit_demo" else ["--model", size]
+        with pytest.raises(SystemExit):
+            stage.parse_args([*line, "--help"])
+        out = " ".join(capsys.readouterr().out.split())
+        assert all(f"(default: {value})" in out for value in shown[stage]), size
+
+
+@pytest.mark.parametrize(
+    ("line", "warnings"),
+    [
+        ("--model vit_demo", []),
+        ("--model vit_demo --img_size 36", ["of --img_size 36, 4 rows"]),
+        ("--model vit_b", ["on a CPU a step of vit_b"]),
+    ],
+)
+def test_a_run_warns_of_dropped_pixels_and_of_large_models_on_a_cpu(line, warnings, tmp_path, capsys):
+    args, _ = mae_pretrain.parse_args([*line.split(), "--output_dir", str(tmp_path)])
+    model = torch.nn.Linear(1, 1)
+    model.patch_size = m.SIZES[args.model].get("patch_size", 16)
+    m.announce(args, model, data.VideoList("list", ".", ["a.mp4"]), torch.device("cpu"), 1, 10, 1)
+    said = [text for text in capsys.readouterr().out.splitlines() if text.startswith("warning")]
+    assert len(said) == len(warnings) and all(text in line for text, line in zip(warnings, said))
 
 
 # ------------------------------------------------------------------------------------------------------- pictures
