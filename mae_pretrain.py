@@ -70,6 +70,8 @@ def parse_args(argv=None):
     parser.set_defaults(
         dataset=dataset,
         model=size,
+        lr=recipe["learning rate"],
+        warmup_epochs=recipe["warmup epochs"],
         weight_decay=recipe["weight decay"],
         epochs=recipe["epochs"],
         repeats=recipe["repeated sampling"],

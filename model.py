@@ -682,10 +682,10 @@ def make_parser(doc, layouts):
         type=float,
         help="effective epochs: clips taken of each video in all; each time it is opened gives --repeats",
     )
-    add("--warmup_epochs", type=float, help="effective epochs, too; default: the table's, or its share of --epochs")
+    add("--warmup_epochs", type=float, help="effective epochs, too; scaled with --epochs, where these are fewer")
     add("--batch_size", type=int, help="videos in a step, over all GPUs; each gives --repeats clips")
     add("--micro_batch", type=int, help="videos that a GPU takes at once, if its memory is short; gradients add up")
-    add("--lr", type=float, help="peak learning rate; default: the table's, scaled linearly with --batch_size")
+    add("--lr", type=float, help="peak learning rate; scaled with --batch_size, unless it is given")
     add("--weight_decay", type=float, help="on matrices alone")
     add("--clip_grad", type=float, help="the gradient's norm is cut to this; 0: not at all")
     add("--seed", type=int, default=0, help="of weights, clips, masks and mixing; the same seed gives the same run")
@@ -754,9 +754,9 @@ def settle(args, recipe, stage, parser, argv):
         raise InputError(
             f"--crop {args.crop[0]:g} {args.crop[1]:g}: shares of the frame, the smaller one first, above 0"
         )
-    if args.warmup_epochs is None:
+    if "warmup_epochs" not in args.given:
         args.warmup_epochs = min(recipe["warmup epochs"], recipe["warmup epochs"] / recipe["epochs"] * args.epochs)
-    if args.lr is None:
+    if "lr" not in args.given:
         args.lr = recipe["learning rate"] * args.batch_size / recipe["batch size"]
     if args.precision is None and args.model == "vit_demo":
         args.precision = "fp32"  # for matrices this small, casts cost more than bf16 saves
