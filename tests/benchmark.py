@@ -25,6 +25,8 @@ What was tried for speed, and what it gave (2 CPU cores with AVX-512 bf16, unles
     glibc keeping what is freed      stays out: a ViT-B step on the CPU takes 20 % less, a demo step 9 %, as the kernel clears
                                      fewer pages; but large tensors do not always fit where one was, and the heap grows.
                                      MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824 turn it on
+    huge pages for tensors           stays out: THP_MEM_ALLOC_ENABLE=1 saves two page faults in three, and no time that
+                                     shows: 5.3 to 6.4 s a ViT-B step in fp32, against 5.4 to 7.1
 """
 
 import argparse

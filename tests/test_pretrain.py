@@ -369,7 +369,7 @@ def test_help_shows_the_values_of_the_recipe_at_hand(stage, capsys):
             finetune_cls: ("75", "256", "0.8"),
             finetune_ava: ("30", "128"),
         },
-        "vit_demo": {mae_pretrain: ("48", "8", "1.0"), finetune_cls: ("96", "16", "2x3"), finetune_ava: ("20", "8")},
+        "vit_demo": {mae_pretrain: ("48", "32", "1.0"), finetune_cls: ("96", "16", "2x3"), finetune_ava: ("20", "8")},
     }.items():
         line = ["--dataset", "demo"] if size == "vit_demo" else ["--model", size]
         with pytest.raises(SystemExit):
