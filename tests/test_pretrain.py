@@ -24,7 +24,8 @@ from model import InputError
 
 ROOT = Path(__file__).parents[1]
 SMALL = (
-    "--model vit_demo --img_size 24 --decoder_width 32 --decoder_depth 1 --precision fp32 --num_workers 0 --log_every 1"
+    "--model vit_demo --img_size 24 --decoder_width 32 --decoder_depth 1 --precision fp32 --num_workers 0 --log_every 1 "
+    "--repeats 4"
 )
 
 
