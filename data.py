@@ -87,7 +87,12 @@ def add_sampling_arguments(parser):
     """The arguments on where in a video the clips are: in the stages that know no more of it than its label."""
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--dataset", help="kinetics400, kinetics600, kinetics700, ssv2; demo: small videos made here")
-    add("--repeats", type=int, help="clips from a video that was opened: reading costs more than a second clip")
+    add(
+        "--repeats",
+        type=int,
+        default=1,
+        help="clips from a video that was opened: reading costs more than a second clip",
+    )
     add("--crop", type=float, nargs=2, metavar=("MIN", "MAX"), help="area of a random crop, as a share of the frame")
     add("--segments", action=switch, help="a frame from each of --num_frames equal parts of a video; default: on SSv2")
 
@@ -595,8 +600,8 @@ def with_replacement(dataset, epoch, index):
         except VideoError as error:
             failures.append((tried, str(error)))
         tried = stateless_seed(dataset.seed, epoch, index, attempt) % len(dataset.videos)
-    index, reason = failures[-1]
-    raise VideoError(f"{ATTEMPTS} videos in a row cannot be used, the last one {dataset.videos.name(index)}: {reason}")
+    each = "\n".join(f"  {dataset.videos.name(i)}: {reason}" for i, reason in dict(failures).items())
+    raise VideoError(f"{ATTEMPTS} videos in a row cannot be used:\n{each}")
 
 
 # ------------------------------------------------------------------------------------------------------------ AVA
@@ -1030,11 +1035,11 @@ def outlast_signals(_):
 
 
 def each(loader):
-    """Iterate over a DataLoader; an InputError in a worker is raised as the one line it is."""
+    """Iterate over a DataLoader; a VideoError in a worker is raised without the traceback that it comes with."""
     try:
         yield from loader
-    except InputError as error:  # it comes with a traceback, the reason in the last line
-        raise InputError(str(error).strip().splitlines()[-1].removeprefix("data.VideoError: ")) from None
+    except VideoError as error:
+        raise VideoError(str(error).rpartition("data.VideoError: ")[2].rstrip()) from None
 
 
 def each_once(views, args, rank, world, function):

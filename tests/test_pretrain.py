@@ -319,15 +319,16 @@ def test_bad_input_is_told_what_to_do(line, error, demo, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_folder_of_broken_videos_ends_with_one_plain_line(workers, tmp_path):
+def test_a_folder_of_broken_videos_ends_with_each_and_its_reason(workers, tmp_path):
     for name in ("a.mp4", "b.mp4"):
         (tmp_path / name).write_bytes(b"broken")
     message = command(
         f"{SMALL} --data {tmp_path} --epochs 8 --batch_size 4 --output_dir {tmp_path}/out --num_workers {workers}"
     )
     assert re.fullmatch(
-        r"mae_pretrain.py: error: 20 videos in a row cannot be used, the last one .*: cannot be opened.*", message
+        r"mae_pretrain.py: error: 20 videos in a row cannot be used:(\n  .*: cannot be opened.*){2}", message
     )
+    assert "/a.mp4" in message and "/b.mp4" in message
 
 
 def test_on_a_cpu_the_small_model_and_its_workers_share_the_cores(monkeypatch):
@@ -364,13 +365,14 @@ def test_help_explains_epochs_and_batches():
 
 @pytest.mark.parametrize("stage", [mae_pretrain, finetune_cls, finetune_ava], ids=lambda stage: stage.__name__)
 def test_help_shows_the_values_of_the_recipe_at_hand(stage, capsys):
+    demos = {mae_pretrain: mae_pretrain.DEMO_RECIPE, finetune_cls: finetune_cls.DEMO, finetune_ava: finetune_ava.DEMO}
     for size, shown in {
         "vit_h": {
             mae_pretrain: ("800", "512", "0.02"),
             finetune_cls: ("75", "256", "0.8"),
             finetune_ava: ("30", "128"),
         },
-        "vit_demo": {mae_pretrain: ("48", "32", "1.0"), finetune_cls: ("96", "16", "2x3"), finetune_ava: ("20", "8")},
+        "vit_demo": {which: (demo["epochs"], demo["batch size"]) for which, demo in demos.items()},
     }.items():
         line = ["--dataset", "demo"] if size == "vit_demo" else ["--model", size]
         with pytest.raises(SystemExit):
