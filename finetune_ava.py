@@ -45,9 +45,9 @@ DEMO = AVA | {  # vit_demo, minutes on two CPU cores: too few steps for SGD, and
     "optimizer": torch.optim.AdamW,
     "optimizer momentum": (0.9, 0.999),
     "weight decay": 0.05,
-    "learning rate": 4e-3,
-    "warmup epochs": 2.5,
-    "epochs": 20,
+    "learning rate": 2e-3,
+    "warmup epochs": 5,
+    "epochs": 40,
     "batch size": 8,
     "drop path": 0.1,
     "dropout": 0.0,
@@ -95,23 +95,8 @@ def parse_args(argv=None):
     name, table = ("the demo's recipe", DEMO) if size == "vit_demo" else ("Table 6a", AVA)
     elsewhere = first.score or first.predict or first.eval  # where there is no learning rate to miss
     recipe = m.column(name, table, size, 0 if elsewhere else first.lr)
-    parser.set_defaults(
-        dataset=dataset,
-        model=size,
-        repeats=1,
-        lr=recipe["learning rate"],
-        warmup_epochs=recipe["warmup epochs"],
-        weight_decay=recipe["weight decay"],
-        epochs=recipe["epochs"],
-        hflip=True,
-        batch_size=recipe["batch size"],
-        clip_grad=0.0,  # the table has none
-        drop_path=recipe["drop path"],
-        dropout=recipe["dropout"],
-        layer_decay=recipe["layer-wise decay"],
-        img_size=m.SIZES[size].get("img_size", 224),
-        test_crop="full" if dataset == "demo" else "center",
-    )
+    test_crop = "full" if dataset == "demo" else "center"
+    parser.set_defaults(**m.defaults_of(recipe), repeats=1, hflip=True, test_crop=test_crop)
     args = parser.parse_args(argv)
     m.settle(args, recipe, "finetune_ava", parser, argv)
     if args.dataset == "demo" and args.video_start is None:

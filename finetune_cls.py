@@ -64,9 +64,9 @@ K600_INTERMEDIATE = KINETICS | {  # appendix A: a checkpoint that was fine-tuned
     "drop path": {"vit_l": 0.2, "vit_h": 0.3},
 }
 DEMO = KINETICS | {  # vit_demo, minutes on two CPU cores
-    "learning rate": 2e-3,
+    "learning rate": 1e-3,
     "warmup epochs": 10,
-    "epochs": 96,
+    "epochs": 80,
     "repeated sampling": 2,
     "augmentation": {"RandAug": (0, 0), "crop": [0.5, 1.0]},
     "batch size": 16,
@@ -105,27 +105,12 @@ def parse_args(argv=None):
     elsewhere = first.predict or first.eval  # where there is no learning rate to miss
     recipe = m.column(f"--recipe {name}", RECIPES[name], size, 0 if elsewhere else first.lr)
     parser.set_defaults(
-        dataset=dataset,
-        model=size,
         recipe=name,
-        lr=recipe["learning rate"],
-        warmup_epochs=recipe["warmup epochs"],
-        weight_decay=recipe["weight decay"],
-        epochs=recipe["epochs"],
-        repeats=recipe.get("repeated sampling", 1),
+        **m.defaults_of(recipe),
         hflip=dataset != "ssv2",
         crop=recipe["augmentation"].get("crop", CROP),
         rand_augment=list(recipe["augmentation"]["RandAug"]),
-        batch_size=recipe["batch size"],
-        clip_grad=0.0,  # the tables have none
-        mixup=recipe["mixup"],
-        cutmix=recipe["cutmix"],
-        label_smoothing=recipe["label smoothing"],
-        drop_path=recipe["drop path"],
-        dropout=recipe["dropout"],
-        layer_decay=recipe["layer-wise decay"],
         segments=dataset == "ssv2",
-        img_size=m.SIZES[size].get("img_size", 224),
         views=VIEWS.get(dataset, "7x3"),
     )
     args = parser.parse_args(argv)

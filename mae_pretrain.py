@@ -69,19 +69,10 @@ def parse_args(argv=None):
     dataset, size = first.dataset, first.model
     recipe = DEMO_RECIPE if size == "vit_demo" else RECIPE
     parser.set_defaults(
-        dataset=dataset,
-        model=size,
-        lr=recipe["learning rate"],
-        warmup_epochs=recipe["warmup epochs"],
-        weight_decay=recipe["weight decay"],
-        epochs=recipe["epochs"],
-        repeats=recipe["repeated sampling"],
+        **m.defaults_of(recipe),
         hflip=recipe["augmentation"]["hflip"] and dataset != "ssv2",
         crop=recipe["augmentation"]["crop"],
-        batch_size=recipe["batch size"],
-        clip_grad=recipe["gradient clipping"],
         segments=dataset == "ssv2",
-        img_size=m.SIZES[size].get("img_size", 224),
         norm_pix_loss=size != "vit_demo",  # in the demo's plain patches, nearly all that counts is their mean
         decoder_width=DECODERS.get(size, {}).get("width", 512),
         decoder_depth=DECODERS.get(size, {}).get("depth", 4),

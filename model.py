@@ -517,6 +517,8 @@ def load_pretrained(model, path, state=None):
     Returns the names as {"loaded": [...], "left out": [...], "not found": [...]}.
     """
     state = read_checkpoint(path) if state is None else state
+    made_by = state.get("args") if isinstance(state, dict) else None  # what made a checkpoint of this project
+    size = f", {made_by['model']}" if isinstance(made_by, dict) and "model" in made_by else ""
     for key in ("model", "model_state", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -546,7 +548,7 @@ def load_pretrained(model, path, state=None):
     if misfits or missing:
         raise InputError(
             f"{path}: does not fit this model: {len(misfits)} tensors of another shape ({'; '.join(misfits[:2])}), "
-            f"{len(missing)} missing ({', '.join(missing[:2])}). Is --model the size that the file was trained with?"
+            f"{len(missing)} missing ({', '.join(missing[:2])}). Is --model the size that it was trained with{size}?"
         )
     model.load_state_dict(loaded, strict=False)
     report = {"loaded": list(loaded), "left out": left_out, "not found": not_found}
@@ -605,6 +607,22 @@ MAY_CHANGE = {"stage", "given", "resume", "output_dir", "data", "videos", "num_w
               "max_failures", "log_every", "save_minutes", "device", "compile", "checkpoint_activations", "views",
               "save_scores", "boxes", "ground_truth", "excluded", "action_list", "test_crop", "capacity",
               "video_start"}  # fmt: skip
+# The rows of a recipe that are arguments: what the table says is their default.
+ROWS = {
+    "weight_decay": "weight decay",
+    "lr": "learning rate",
+    "warmup_epochs": "warmup epochs",
+    "epochs": "epochs",
+    "repeats": "repeated sampling",
+    "batch_size": "batch size",
+    "clip_grad": "gradient clipping",
+    "mixup": "mixup",
+    "cutmix": "cutmix",
+    "label_smoothing": "label smoothing",
+    "drop_path": "drop path",
+    "dropout": "dropout",
+    "layer_decay": "layer-wise decay",
+}
 # What numbers on the command line may be, at least and at most.
 LIMITS = dict.fromkeys(
     ("log_every", "repeats", "num_frames", "img_size", "decoder_width", "decoder_heads"), (1, math.inf)
@@ -670,7 +688,11 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 def make_parser(doc, layouts):
     """A stage's parser: its docstring, the layouts of its data, and the arguments on model and run that all share."""
     parser = argparse.ArgumentParser(
-        description=doc, epilog="data:\n" + layouts, formatter_class=HelpFormatter, allow_abbrev=False
+        usage="%(prog)s [argument ...]; --help explains them all",
+        description=doc,
+        epilog="data:\n" + layouts,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
     )
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--model", choices=SIZES, help="vit_l, but vit_demo for the demo")
@@ -687,7 +709,7 @@ def make_parser(doc, layouts):
     add("--micro_batch", type=int, help="videos that a GPU takes at once, if its memory is short; gradients add up")
     add("--lr", type=float, help="peak learning rate; scaled with --batch_size, unless it is given")
     add("--weight_decay", type=float, help="on matrices alone")
-    add("--clip_grad", type=float, help="the gradient's norm is cut to this; 0: not at all")
+    add("--clip_grad", type=float, default=0.0, help="the gradient's norm is cut to this; 0: not at all")
     add("--seed", type=int, default=0, help="of weights, clips, masks and mixing; the same seed gives the same run")
     add("--log_every", type=int, default=10, metavar="STEPS", help="steps to a line of log.jsonl")
     add("--save_minutes", type=float, default=10, help="time between checkpoints, beside one after each pass")
@@ -708,11 +730,15 @@ def add_finetuning_arguments(parser):
 
 
 def first_look(parser, argv, default="kinetics400"):
-    """What the recipe, and so every other default, depends on: a command line's arguments, with dataset and model."""
+    """What the recipe, and so every other default, depends on: a command line's arguments, with dataset and model.
+
+    These two, and the size of the model's clips, are made defaults here.
+    """
     argv = sys.argv[1:] if argv is None else argv
     args, _ = parser.parse_known_args([arg for arg in argv if arg not in ("-h", "--help")])
     args.dataset = args.dataset or (dataset_of(args.data) if args.data else default)
     args.model = args.model or ("vit_demo" if args.dataset == "demo" else "vit_l")
+    parser.set_defaults(dataset=args.dataset, model=args.model, img_size=SIZES[args.model].get("img_size", 224))
     return args
 
 
@@ -722,6 +748,11 @@ def dataset_of(data):
     path = path.parent if path.is_file() else path
     path = path.parent if path.name in ("annotations", "labels") else path
     return "ssv2" if "something-something" in path.name else path.stem
+
+
+def defaults_of(recipe):
+    """The arguments that the rows of a recipe are: {name: value}."""
+    return {name: recipe[row] for name, row in ROWS.items() if row in recipe}
 
 
 def column(name, table, size, lr=None):
@@ -908,8 +939,8 @@ def announce(args, model, videos, device, world, steps, micro_batch):
     print(f"{args.model}: {millions:.1f} M parameters, {precision} on {world} x {device.type}")
     unit, passes = videos.unit, args.epochs / args.repeats
     print(f"{videos.source}: {len(videos)} {unit}; {args.epochs:g} effective epochs are {passes:g} passes over it")
-    print(f"{steps} steps of {args.batch_size} {unit}, {args.repeats} clips each; learning rate {args.lr:.3g}")
-    print(f"{world} processes, {micro_batch} {unit} at once on each")
+    print(f"{steps} steps of {args.batch_size} {unit} x {args.repeats} clips; learning rate {args.lr:.3g}")
+    print(f"processes: {world}; {unit} at once on each: {micro_batch}")
     if device.type == "cpu" and args.model != "vit_demo":
         print(f"warning: on a CPU a step of {args.model} takes minutes; --model vit_demo is made for one")
     if rest := args.img_size % model.patch_size:
