@@ -512,7 +512,8 @@ class Clips(torch.utils.data.Dataset):
 
     def times(self, duration, seed):
         """A random clip of a video of this duration."""
-        places = torch.rand(self.num_frames, generator=torch.Generator().manual_seed(seed)).numpy()
+        # Not torch's generator: the crop is drawn by that one, from this seed, and would follow from the place.
+        places = np.random.default_rng(seed).random(self.num_frames)
         if self.segments:
             return segment_times(duration, self.num_frames, places)
         return clip_times(duration, self.num_frames, self.sampling_rate, places[0])
@@ -984,9 +985,6 @@ class Stream:
                 places = (divmod(place, self.length) for place in range(begin, begin + self.micro_batch))
                 yield [(epoch, int(self.permutation(epoch)[place])) for epoch, place in places]
 
-    def __len__(self):
-        return (self.stop - self.start) * (self.batch_size // self.world // self.micro_batch)
-
 
 def collate(samples):
     """Samples of R clips each -> one batch: video (R*B, 3, T, H, W) uint8, every other tensor (R*B, ...).
@@ -1023,7 +1021,6 @@ def make_loader(dataset, stream, args, device):
         num_workers=workers(args),
         collate_fn=collate,
         pin_memory=device.type == "cuda",
-        prefetch_factor=4 if workers(args) else None,
         worker_init_fn=outlast_signals,
     )
 

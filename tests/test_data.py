@@ -363,6 +363,21 @@ def test_crops_and_flips_are_those_of_table_5a(demo, monkeypatch):
     assert all(f or s for f, s in zip(flips, same)) and 8 <= sum(flips) <= 24
 
 
+def test_where_a_clip_lies_says_nothing_of_its_crop(demo, monkeypatch):
+    places, areas, original = [], [], data.clip_times
+
+    def to_clip(frames, size, box, flip):
+        areas.append(box[2] * box[3])
+        return torch.zeros(len(frames), *size, 3, dtype=torch.uint8)
+
+    monkeypatch.setattr(data, "to_clip", to_clip)
+    monkeypatch.setattr(data, "clip_times", lambda *args: places.append(args[3]) or original(*args))
+    dataset = pretrain_dataset(demo)
+    for epoch in range(60):
+        dataset[epoch, epoch % 8]
+    assert len(places) == 240 and abs(np.corrcoef(places, areas)[0, 1]) < 0.2
+
+
 # -------------------------------------------------------------------------------------------------------- batches
 
 
