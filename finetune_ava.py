@@ -145,6 +145,12 @@ def person_boxes(file, threshold):
     return rows.only(sure)
 
 
+def movies_folder(args):
+    """Where the movies, or their frames, are: --videos, or as in data.AVA_LAYOUT."""
+    folders = (Path(args.data) / name for name in ("videos", "frames"))
+    return args.videos or next((folder for folder in folders if folder.is_dir()), args.data)
+
+
 def keyframes_of(args, split):
     """The keyframes of a split; to train on: true and detected persons; to test on: detected persons alone."""
     files = files_of(args, split)
@@ -162,10 +168,7 @@ def keyframes_of(args, split):
             rows = rows.join(detected)
     else:
         rows = person_boxes(files["person boxes"], args.detection_threshold)
-    folder = args.videos
-    if folder is None:
-        folder = next((f for f in (Path(args.data) / "videos", Path(args.data) / "frames") if f.is_dir()), args.data)
-    movies = data.find_movies(rows, folder, args.allow_missing)
+    movies = data.find_movies(rows, movies_folder(args), args.allow_missing)
     excluded = data.read_excluded(files["excluded time stamps"]) if files["excluded time stamps"] else ()
     return data.Keyframes(rows, movies, excluded, args.video_start)
 
@@ -358,8 +361,10 @@ def test(detector, keyframes, actions, args, device, rank, world):
     out, files = Path(args.output_dir), files_of(args, "val")
     out.mkdir(parents=True, exist_ok=True)
     write_detections(out / "detections.csv", keyframes, scores, actions)
-    missing = [name for name, path in zip(keyframes.names, keyframes.paths) if path is None]
-    truth, excluded = files["ground truth"], files["excluded time stamps"]
+    truth, excluded, missing = files["ground truth"], files["excluded time stamps"], set()
+    if args.allow_missing:  # also those that no detection names: what happens in them cannot count as missed
+        rows = data.read_boxes(truth, scored=False)
+        missing = set(rows.names) - set(data.find_movies(rows, movies_folder(args), True))
     results = score(out / "detections.csv", truth, actions, excluded, args.capacity, missing)
     boxes = sum(map(len, scores.values()))
     results |= dict(boxes=boxes, keyframes=len(keyframes), unreadable=len(failures), movies_missing=len(missing))

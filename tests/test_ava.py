@@ -914,13 +914,18 @@ def test_no_detections_are_a_figure_of_zero_and_a_warning(movies, tmp_path, caps
     assert out[-1] == "mAP@0.5IOU: 0.000000"
 
 
-def test_missing_movies_are_named_or_left_out_and_counted(run, movies, tmp_path, capsys):
+@pytest.mark.parametrize("detected", [True, False])
+def test_missing_movies_are_named_or_left_out_and_counted(detected, run, movies, tmp_path, capsys):
     (tmp_path / "videos").mkdir()
     for name in ("val0000.mp4", "val0002.mp4"):
         (tmp_path / "videos" / name).symlink_to(movies / "videos" / name)
     line = f"{SMALL} --eval --video_start 900 --init {run}/checkpoint.pt --data {movies} --videos {tmp_path}/videos"
     line += f" --output_dir {tmp_path}/out"
     assert "1 of 3 movies are not below" in command(line)
+    if not detected:
+        boxes = next((movies / "annotations").glob("ava_detection_val*")).read_text().splitlines()
+        (tmp_path / "boxes.csv").write_text("\n".join(row for row in boxes if not row.startswith("val0001")))
+        line += f" --boxes {tmp_path}/boxes.csv"
     assert command(line + " --allow_missing") == ""
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert (
