@@ -282,7 +282,7 @@ def test(classifier, videos, args, device, rank, world, classes):
     out = Path(args.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(results, indent=1))
-    if args.save_scores:
+    if args.save_scores and scores:
         kept = dict(scores=torch.stack(list(scores.values())), labels=torch.from_numpy(videos.labels[list(scores)]))
         kept |= dict(paths=[videos.path(index) for index in scores], class_names=classes)
         torch.save(kept, out / "scores.pt")

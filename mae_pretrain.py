@@ -170,14 +170,14 @@ def train(args, recipe):
 
 
 @torch.no_grad()
-def reconstruct(mae, clip, mask_ratio, noise=None):
+def reconstruct(mae, clip, mask_ratio):
     """Original, masked input and reconstruction of one clip: uint8 (T, H, W, 3) -> three of (T', H', W', 3).
 
     T' counts the frames that are predicted. Visible patches are shown as they are. Where the model predicts normalised
     patches, each is scaled back with the mean and deviation of the patch that it stands for.
     """
     video = clip.permute(3, 0, 1, 2)[None]  # (1, 3, T, H, W)
-    _, pred, mask = mae(video, mask_ratio, noise)
+    _, pred, mask = mae(video, mask_ratio)
     truth = m.normalize(m.patchify(video, mae.patch_size, mae.t_patch_size)[..., : pred.shape[-1]])  # (1, N, p*p*3)
     if mae.norm_pix_loss:
         var, mean = torch.var_mean(truth, dim=-1, keepdim=True)
@@ -213,29 +213,24 @@ def visualize(mae, paths, out, args, device):
     """
     mae.eval()
     out.mkdir(parents=True, exist_ok=True)
-    t, side = mae.grid[0] * mae.t_patch_size, mae.grid[1] * mae.patch_size
     stems, failed = Counter(Path(path).stem for path in paths), 0
+    views = data.Views(data.VideoList("--visualize", ".", paths), args, (1, 1))
     for i, path in enumerate(paths):
-        try:
-            with data.Video(path) as video:
-                frames = video.frames(data.clip_times(video.duration, t, args.sampling_rate, 0.5))
-            height, width = data.upright_size(frames[0])
-            short = min(height, width)
-            clip = data.to_clip(frames, (side, side), ((height - short) // 2, (width - short) // 2, short, short))
-        except data.VideoError as error:
-            print(f"skipped {path}: {error}")
+        sample = views[i]
+        if "failure" in sample:
+            print(f"skipped {path}: {sample['failure']}")
             failed += 1
             continue
-        generator = torch.Generator().manual_seed(data.stateless_seed(args.seed, i))
-        noise = m.masking_noise(mae.grid, args.mask_ratio, mae.masking, generator)[None].to(device)
-        pictures = reconstruct(mae, clip.to(device), args.mask_ratio, noise)
+        torch.manual_seed(data.stateless_seed(args.seed, i))  # of the mask
+        pictures = reconstruct(mae, sample["video"][0].to(device), args.mask_ratio)
         caption = f"{Path(path).name}: {args.mask_ratio:.0%} hidden ({mae.masking}). "
         if mae.norm_pix_loss:
             caption += "Predicted patches are scaled back with the mean and deviation of the true ones."
         stem = Path(path).stem
         name = out / (stem if stems[stem] == 1 else f"{stem}_{i}")
         draw_figure(f"{name}.png", dict(zip(("original", "masked", "reconstruction"), pictures)), caption)
-        zoom, fps = max(1, 240 // side), Fraction(data.FPS * len(pictures[0]), max(1, args.sampling_rate * t))
+        seconds = max(1, args.sampling_rate) * args.num_frames
+        zoom, fps = max(1, 240 // args.img_size), Fraction(data.FPS * len(pictures[0]), seconds)
         strip = torch.cat(pictures, 2).numpy().repeat(zoom, 1).repeat(zoom, 2)  # side by side
         data.write_video(f"{name}.mp4", strip, fps)
         print(f"{name}.png, {name}.mp4")
@@ -247,7 +242,9 @@ def main():
     if not args.visualize:
         return train(args, recipe)
     device, _, _ = m.start_process(args)
-    mae, _ = m.restore(args, m.MAE, config_of, ("sampling_rate", "mask_ratio", "precision"))
+    seen = "num_frames", "sampling_rate", "img_size", "segments", "mask_ratio", "masking"
+    mae, _ = m.restore(args, m.MAE, config_of, seen)
+    mae.masking = args.masking
     failed = visualize(mae.to(device), args.visualize, Path(args.output_dir) / "visualize", args, device)
     if failed:
         raise m.InputError(f"{failed} of {len(args.visualize)} files are no videos that can be read")

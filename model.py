@@ -97,7 +97,7 @@ def num_visible(grid, mask_ratio, masking="agnostic"):
     if visible == 0:
         raise InputError(
             f"{masking} masking of {t} x {h} x {w} tokens at ratio {mask_ratio} hides them all; "
-            f"use at most {1 - unit / (t * h * w):.4g}"
+            f"use less than {1 - unit / (t * h * w):.4g}"
         )
     return visible
 
@@ -106,7 +106,8 @@ def masking_noise(grid, mask_ratio, masking="agnostic", generator=None):
     """One number per token, (t*h*w,): the num_visible(...) smallest stay visible (section 3.2, Figure 4).
 
     agnostic: uniform over all tokens. space-only: the same places in every time step. time-only: whole time steps.
-    block-wise: boxes a quarter to a half of the grid long in each direction, until enough is hidden.
+    block-wise: boxes, from a quarter of the grid to a little over half of it long in each direction, until enough is
+    hidden.
     """
     t, h, w = grid
     if masking == "agnostic":
@@ -128,11 +129,6 @@ def masking_noise(grid, mask_ratio, masking="agnostic", generator=None):
         noise.view(-1)[fresh] += 1
         missing -= len(fresh)
     return noise.flatten()
-
-
-def take(tokens, ids):
-    """The tokens of given ids: (B, N, C), (B, K) -> (B, K, C)."""
-    return tokens.gather(1, ids[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
 # ---------------------------------------------------------------------------------------------------- the encoder
@@ -236,6 +232,8 @@ class Block(nn.Module):
 
 def sines(n, dim):
     """(n, dim): sines and cosines of the positions 0..n-1, at wavelengths from 4 to 4 * n positions."""
+    if dim % 2:
+        raise InputError("positions that start from sines need widths of encoder and decoder that 4 divides")
     angle = torch.arange(n)[:, None] * torch.pi / 2 * n ** -torch.linspace(0, 1, dim // 2)
     return torch.cat([angle.sin(), angle.cos()], 1)
 
@@ -263,6 +261,11 @@ class VideoViT(nn.Module):
         self.patch_size, self.t_patch_size, self.sine_positions = patch_size, t_patch_size, sine_positions
         self.checkpoint_activations = checkpoint_activations  # keep less, compute blocks again going backward
         self.grid = (num_frames // t_patch_size, img_size // patch_size, img_size // patch_size)  # (t, h, w)
+        if min(self.grid) == 0:
+            raise InputError(
+                f"clips of {num_frames} x {img_size} x {img_size} are smaller than a tubelet of {t_patch_size} x "
+                f"{patch_size} x {patch_size}; see --num_frames and --img_size"
+            )
         self.patch_embed = TubeletEmbed(patch_size, t_patch_size, embed_dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.add_positions("", embed_dim)
@@ -395,9 +398,10 @@ class MAE(VideoViT):
             noise = torch.stack([masking_noise(grid, mask_ratio, self.masking) for _ in video]).to(video.device)
         keep = num_visible(grid, mask_ratio, self.masking)
         visible, hidden = noise.argsort(dim=1, stable=True).tensor_split([keep], dim=1)  # (B, V), (B, N - V)
-        latent = self.norm(self.encode(take(tubelets, visible), grid, visible))  # (B, 1 + V, D)
+        latent = self.norm(self.encode(tubelets.take_along_dim(visible[..., None], 1), grid, visible))  # (B, 1 + V, D)
         pred = self.decode(latent, visible, grid)  # (B, N, pred_frames*p*p*3)
-        error = take(pred, hidden).float() - self.target(take(tubelets, hidden))  # (B, N - V, pred_frames*p*p*3)
+        target = self.target(tubelets.take_along_dim(hidden[..., None], 1))  # (B, N - V, pred_frames*p*p*3)
+        error = pred.take_along_dim(hidden[..., None], 1).float() - target
         loss = error.square().sum() / max(1, error.numel())  # 0 where nothing is hidden
         mask = torch.ones_like(noise).scatter(1, visible, 0)
         return loss, pred, mask
@@ -421,7 +425,7 @@ class Classifier(VideoViT):
         tubelets, grid, visible = patchify(video, self.patch_size, self.t_patch_size), self.grid_of(video), None
         if mask_ratio:
             visible = noise.argsort(dim=1)[:, : num_visible(grid, mask_ratio)]  # (B, V)
-            tubelets = take(tubelets, visible)
+            tubelets = tubelets.take_along_dim(visible[..., None], 1)
         x = self.encode(tubelets, grid, visible)  # (B, 1 + V, D)
         return self.head(self.dropout(self.norm(x[:, 1:].mean(1))))
 
@@ -490,9 +494,7 @@ def to_official_names(state, model):
     """
     u, out = model.t_patch_size, {}
     for key, value in state.items():
-        for prefix in ("module.", "_orig_mod."):
-            key = key.removeprefix(prefix)
-        key = key.replace("head.projection.", "head.")
+        key = re.sub(r"^((module|_orig_mod)\.)+", "", key).replace("head.projection.", "head.")
         if key.startswith("fc_norm."):
             key = key.removeprefix("fc_")
         if ".qkv." in key:
@@ -652,7 +654,7 @@ def run_stage(main):
         print(f"{name}: {stop}", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
     except KeyboardInterrupt:
-        sys.exit(f"{name}: interrupted; the same command goes on from the last checkpoint")
+        sys.exit(f"{name}: interrupted; a run that has saved a checkpoint goes on from there with the same command")
     except (InputError, FloatingPointError) as error:
         sys.exit(f"{name}: error: {error}")
     except OSError as error:
@@ -725,7 +727,7 @@ def add_finetuning_arguments(parser):
     add = parser.add_argument
     add("--drop_path", type=float, help="chance that a clip skips the last block's branches; less in earlier blocks")
     add("--dropout", type=float, help="before the head")
-    add("--layer_decay", type=float, help="learning rate of a layer as a share of the next one's; 0: the head alone")
+    add("--layer_decay", type=float, help="learning rate of a layer as a share of the next one's; 0: a linear probe")
     add("--eval", action="store_true", help="do not train: test the checkpoint in --init")
 
 
@@ -743,11 +745,12 @@ def first_look(parser, argv, default="kinetics400"):
 
 
 def dataset_of(data):
-    """What a data set is called: as the folder it is in."""
+    """What a data set is called: as its folder; ssv2 where it is named, or laid out, as that is distributed."""
     path = Path(data).resolve()
     path = path.parent if path.is_file() else path
     path = path.parent if path.name in ("annotations", "labels") else path
-    return "ssv2" if "something-something" in path.name else path.stem
+    labels = any(next((path / folder).glob("*labels.json"), None) for folder in ("", "annotations", "labels"))
+    return "ssv2" if labels or re.search("ssv2|something-something", path.name.lower()) else path.stem
 
 
 def defaults_of(recipe):
@@ -970,6 +973,9 @@ def find_run(args):
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun: not to start anew once more
     run = find_checkpoint(folder) if args.resume or restarted else None
     if not run:
+        own = [Path(folder), *(Path(folder) / name for name in CHECKPOINTS)]
+        if args.init and Path(args.init).exists() and Path(args.init).resolve() in [path.resolve() for path in own]:
+            raise InputError(f"--init {args.init}: --no-resume deletes what is in --output_dir; give another one")
         return None
     if run.get("stage") != args.stage:
         raise InputError(f"{folder}: a checkpoint of {run.get('stage')}; give this run another --output_dir")
@@ -1100,6 +1106,9 @@ class Log:
             raise InputError(
                 f"the processes have different lists of {videos.unit}: is {videos.source} alike on all machines?"
             )
+        if self.main and start == 0:  # else a restart would go on with the run that this one replaces
+            for name in CHECKPOINTS:
+                (self.path.parent / name).unlink(missing_ok=True)
         if self.main:  # lines that a stopped run wrote after its checkpoint are dropped
             lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
             lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
@@ -1167,7 +1176,7 @@ class Log:
             loss, norm = (blamed or reports)[0]["values"][i]
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise FloatingPointError(
-                    f"step {first + i}: loss {loss}, gradient norm {norm} ({settings}); the checkpoint in "
+                    f"step {first + i}: loss {loss}, gradient norm {norm} ({settings}); what is saved in "
                     f"{self.args.output_dir} is from before. The videos of that step:\n"
                     + "\n".join(self.videos.name(j) for report in blamed or reports for j in report["indices"][i])
                 )
@@ -1185,7 +1194,7 @@ class Log:
             content = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=self.done)
             content |= dict(stage=self.args.stage, args=vars(self.args), videos=self.videos.digest)
             save_checkpoint(self.args.output_dir, **content, **more)
-        if self.stopping and self.done < self.steps:
+        if self.stopping:
             without = "" if self.args.resume else ", without --no-resume,"
             gather(None)  # none leaves before the file is there: a launcher ends the rest when one has left
             raise Stopped(

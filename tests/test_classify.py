@@ -106,7 +106,7 @@ def golden_classifier():
     return m.Classifier(**config).eval(), golden_state(case), video, torch.tensor(case["logits"])
 
 
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module."])
 def test_fused_qkv_files_compute_the_same(prefix, tmp_path):
     classifier, state, video, logits = golden_classifier()
     for i in range(3):

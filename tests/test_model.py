@@ -172,7 +172,7 @@ def test_target_is_the_first_frame_of_each_tubelet():
 def test_masks_have_exact_counts_and_structure(masking, ratio):
     grid = (8, 14, 14)
     if masking == "time-only" and ratio > 0.875:
-        with pytest.raises(ValueError, match="at most 0.875"):
+        with pytest.raises(ValueError, match="less than 0.875"):
             m.num_visible(grid, ratio, masking)
         return
     visible = m.num_visible(grid, ratio, masking)

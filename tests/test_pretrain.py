@@ -89,11 +89,18 @@ def test_a_run_from_weights_does_not_write_beside_them():
 
 
 @pytest.mark.parametrize(
-    "folder, name", [("20bn-something-something-v2", "ssv2"), ("ssv2", "ssv2"), ("kinetics600", "kinetics600")]
+    "folder, labels, name",
+    [
+        ("20bn-something-something-v2", "", "ssv2"),
+        ("SSv2", "", "ssv2"),
+        ("any", "something-something-v2-labels.json", "ssv2"),
+        ("kinetics600", "", "kinetics600"),
+    ],
 )
-def test_a_data_set_is_known_by_its_folder(folder, name, tmp_path):
+def test_a_data_set_is_known_by_its_folder(folder, labels, name, tmp_path):
     (tmp_path / folder / "labels").mkdir(parents=True)
-    (tmp_path / folder / "labels" / "train.json").touch()
+    for file in filter(None, ("train.json", labels)):
+        (tmp_path / folder / "labels" / file).touch()
     for data_set in (tmp_path / folder, tmp_path / folder / "labels" / "train.json"):
         assert parse(f"--data {data_set}").dataset == name
 
@@ -220,6 +227,24 @@ def test_a_restart_by_torchrun_does_not_start_anew(run, demo, monkeypatch):
     assert m.find_run(args)["step"] > 0
 
 
+def test_a_run_that_replaces_another_leaves_nothing_of_it_to_go_on_from(run, demo, tmp_path, monkeypatch):
+    shutil.copytree(run, tmp_path / "run")
+    shutil.copy(run / "checkpoint.pt", tmp_path / "run" / "checkpoint_previous.pt")
+    line = f"--epochs 10 --batch_size 4 --lr 1e-3 --no-resume --output_dir {tmp_path}/run"
+    for init in ("run", "run/checkpoint.pt"):  # but a file that the new run needs is not deleted
+        with pytest.raises(InputError, match=r"--no-resume deletes what is in --output_dir"):
+            train(line, "--init", tmp_path / init, "--data", demo)
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == (run / "checkpoint.pt").read_bytes()
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(m.Log, "step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(line, "--data", demo)
+    assert not list((tmp_path / "run").glob("*.pt"))
+
+
 def test_without_clipping_weights_move(demo, tmp_path):
     line = "--epochs 4 --batch_size 4 --lr 1e-2 --warmup_epochs 0 --clip_grad 0 --data"
     train(line, demo, "--output_dir", tmp_path)
@@ -293,7 +318,12 @@ def command(line):
         ("", r"data/kinetics400: no such file or folder; expected one of(?s:.*)youtube_id(?s:.*)--dataset demo"),
         ("--data DEMO --mask_ratio 1.0", r"mask ratio 1.0 is outside \[0, 1\)"),
         ("--data DEMO --mask_ratio -0.1", r"mask ratio -0.1 is outside \[0, 1\)"),
-        ("--data DEMO --mask_ratio 0.95 --masking time-only", r"hides them all; use at most 0.875"),
+        ("--data DEMO --mask_ratio 0.95 --masking time-only", r"hides them all; use less than 0.875"),
+        (
+            "--data DEMO --num_frames 1",
+            r"clips of 1 x 24 x 24 are smaller than a tubelet of 2 x 8 x 8; see --num_frames",
+        ),
+        ("--data DEMO --decoder_width 30", r"sines need widths of encoder and decoder that 4 divides"),
         ("--data DEMO --batch_size 4 --micro_batch 3", r"--micro_batch 3 does not divide the 4 videos.*: 1, 2, 4"),
         ("--data DEMO --batch_size 0", r"--batch_size 0 does not divide"),
         ("--data DEMO --batch_size 512 --epochs 4", r"4 epochs of 8 videos.*smaller --batch_size or more --epochs"),
@@ -419,6 +449,14 @@ def test_visualize_writes_figure_and_animation_and_names_what_it_skips(run, demo
         assert container.streams.video[0].codec_context.name == "h264" and frame.width == 3 * frame.height
 
 
+def test_pictures_are_masked_as_trained_or_as_asked(run, demo, tmp_path, monkeypatch):
+    captions = []
+    monkeypatch.setattr(mae_pretrain, "draw_figure", lambda path, rows, caption: captions.append(caption))
+    line = f"--visualize {next((demo / 'val').iterdir())} --init {run} --output_dir {tmp_path}"
+    assert command(line) == command(f"{line} --masking time-only --mask_ratio 0.5 --img_size 32") == ""
+    assert "90% hidden (agnostic)" in captions[0] and "50% hidden (time-only)" in captions[1]
+
+
 @pytest.mark.parametrize("target", ["slice", "tubelet"])
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
 def test_pictures_show_real_colours_and_leave_visible_patches_alone(norm_pix_loss, target, monkeypatch):
@@ -427,8 +465,8 @@ def test_pictures_show_real_colours_and_leave_visible_patches_alone(norm_pix_los
     clip = torch.randint(0, 256, (16, 24, 24, 3), dtype=torch.uint8)
     forward = mae.forward
 
-    def perfect(video, mask_ratio, noise):  # a model that predicts its target exactly
-        loss, _, mask = forward(video, mask_ratio, noise)
+    def perfect(video, mask_ratio):  # a model that predicts its target exactly
+        loss, _, mask = forward(video, mask_ratio)
         return loss, mae.target(m.patchify(video, mae.patch_size, mae.t_patch_size)), mask
 
     shown = clip if target == "tubelet" else clip[::2]
