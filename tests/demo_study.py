@@ -26,7 +26,7 @@ SEEDS = 0, 1, 2
 # What is searched, for both sides alike: learning rate, layer-wise decay and epochs, the longer for the best three.
 RATES = {"finetune_cls": (5e-4, 1e-3, 2e-3, 4e-3), "finetune_ava": (1e-3, 2e-3, 4e-3, 8e-3)}
 DECAYS = 1.0, 0.75
-LENGTHS = {"finetune_cls": (48, 96), "finetune_ava": (20, 40)}
+LENGTHS = {"finetune_cls": (40, 80), "finetune_ava": (20, 40)}
 PROBE_RATES = 1e-2, 3e-2
 
 
@@ -66,7 +66,7 @@ class Study:
             done.write_text(json.dumps(results))
         return json.loads(done.read_text())
 
-    def pretrain(self, name="default", **flags):
+    def pretrain(self, name, **flags):
         """The checkpoint of a pre-training; waits for it."""
         self.start("mae_pretrain", name, **flags).result()
         return str(self.folder / "mae_pretrain" / name / "checkpoint.pt")
@@ -81,14 +81,19 @@ def score_of(stage, results):
 
 
 def compare(study, stage):
-    """From scratch and pre-trained: each with its own best learning rate, decay and length; then three seeds."""
+    """From scratch and pre-trained: each with its own best learning rate, decay and length; then three seeds.
+
+    A seed is one of everything: a pre-trained run of seed 1 starts from a pre-training of seed 1.
+    """
     short, long = LENGTHS[stage]
-    sides = {"scratch": {}, "pre-trained": {"init": study.pretrain()}}
+    sides = "scratch", "pre-trained"
+    for seed in SEEDS:  # they take longest: first in the queue
+        study.start("mae_pretrain", f"seed{seed}", seed=seed)
 
     def start(side, lr, decay, epochs, seed=0):
+        init = {"init": study.pretrain(f"seed{seed}", seed=seed)} if side == "pre-trained" else {}
         name = f"{side}_lr{lr:g}_decay{decay:g}_epochs{epochs}_seed{seed}"
-        flags = sides[side] | dict(lr=lr, layer_decay=decay, epochs=epochs, seed=seed)
-        return study.start(stage, name, **flags)
+        return study.start(stage, name, **init, lr=lr, layer_decay=decay, epochs=epochs, seed=seed)
 
     settings = list(itertools.product(sides, RATES[stage], DECAYS))
     searched = {setting: start(*setting, short) for setting in settings}
@@ -107,15 +112,15 @@ def compare(study, stage):
     for side, runs in finals.items():
         print(f"{side:14}{best[side][1:]}   {spread([score_of(stage, run.result()) for run in runs])}", flush=True)
     if stage == "finetune_cls":
-        probes = {side: [study.start(stage, f"probe_{side}_lr{lr:g}", **flags, lr=lr, layer_decay=0, epochs=short)
-                         for lr in PROBE_RATES] for side, flags in sides.items()}  # fmt: skip
+        probes = {side: [start(side, lr, 0, short) for lr in PROBE_RATES] for side in sides}
         for side, runs in probes.items():
             score = max(score_of(stage, run.result()) for run in runs)
-            print(f"{side}, the head alone learns (--layer_decay 0): {score:.1f}", flush=True)
+            print(f"{side}, a linear probe (--layer_decay 0): {score:.1f}", flush=True)
 
 
-# What the ablations start from: the demo's pre-training with the paper's repeated sampling.
+# What the ablations start from: the demo's pre-training with the paper's repeated sampling; how all are fine-tuned.
 BASE = {"repeats": 4, "batch_size": 8, "lr": 2e-3}
+FINETUNING = {"lr": 2e-3, "epochs": 48, "warmup_epochs": 5}
 # Each ablation: what it varies, and the paper's figure for it ("": it gives none).
 ABLATIONS = {
     "masked fine-tuning (Table 11)": {
@@ -156,16 +161,14 @@ def ablate(study, flags):
     name, after = ("_".join(f"{key}{value}" for key, value in chosen.items()) for chosen in (flags, flags | masked))
     init = study.pretrain(name, **flags)
     runs = [
-        study.start(
-            "finetune_cls", f"from_{after}_seed{s}", init=init, seed=s, epochs=LENGTHS["finetune_cls"][0], **masked
-        )
+        study.start("finetune_cls", f"from_{after}_seed{s}", init=init, seed=s, **FINETUNING, **masked)
         for s in SEEDS[:2]
     ]
     return study.start("mae_pretrain", name, **flags).result(), [run.result() for run in runs]
 
 
 def ablations(study, epochs, jobs):
-    """Pre-trainings that differ in one thing, each fine-tuned for half as long as the demo's recipe says.
+    """Pre-trainings that differ in one thing, each fine-tuned alike.
 
     epochs: of each pre-training; None: as many as the recipe says.
     """
