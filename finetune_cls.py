@@ -64,7 +64,7 @@ K600_INTERMEDIATE = KINETICS | {  # appendix A: a checkpoint that was fine-tuned
     "drop path": {"vit_l": 0.2, "vit_h": 0.3},
 }
 DEMO = KINETICS | {  # vit_demo, minutes on two CPU cores
-    "learning rate": 1e-3,
+    "learning rate": 4e-3,
     "warmup epochs": 10,
     "epochs": 80,
     "repeated sampling": 2,
