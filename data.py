@@ -1036,6 +1036,7 @@ def each(loader):
     try:
         yield from loader
     except VideoError as error:
+        error.__traceback__ = None  # a cycle that holds the loader: now it ends at once, and in order
         raise VideoError(str(error).rpartition("data.VideoError: ")[2].rstrip()) from None
 
 

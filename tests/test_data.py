@@ -1,6 +1,7 @@
 """Lists, decoding, sampling, batches: against decoding everything, and against what users have on disk."""
 
 import argparse
+import gc
 import os
 import pickle
 import shutil
@@ -387,7 +388,7 @@ def test_each_pass_holds_each_video_once_whatever_the_processes():
         for rank in range(world):
             batches = list(data.Stream(7, 4, micro_batch, rank, world, 0, start, 6))
             per_step = len(batches) // (6 - start)
-            assert len(batches) == len(data.Stream(7, 4, micro_batch, rank, world, 0, start, 6))
+            assert len(batches) == (6 - start) * 4 // world // micro_batch
             for i, batch in enumerate(batches):
                 steps[start + i // per_step] += batch
         return steps
@@ -437,6 +438,22 @@ def test_a_list_of_broken_videos_ends_with_a_reason(tmp_path):
     touch(tmp_path, "a.mp4", "b.mp4")
     with pytest.raises(data.VideoError, match=r"20 videos in a row cannot be used:\n  .*\.mp4: cannot be opened"):
         pretrain_dataset(tmp_path)[0, 0]
+
+
+def test_a_loader_that_fails_ends_with_its_error(tmp_path):
+    """Not when the garbage collector comes by: it closes the queues before the threads that still write to them."""
+    touch(tmp_path, "a.mp4", "b.mp4")
+    args = argparse.Namespace(num_workers=2)
+    loader = data.make_loader(pretrain_dataset(tmp_path), [[(0, 0)]], args, torch.device("cpu"))
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(data.VideoError, match="20 videos in a row"):
+            next(data.each(loader))
+        left = [type(thing).__name__ for thing in gc.get_objects()]
+    finally:
+        gc.enable()
+    assert "_MultiProcessingDataLoaderIter" not in left
 
 
 @pytest.mark.parametrize("videos, limit", [(20, 4), (1000, 10), (240_000, 2400)])
