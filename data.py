@@ -601,8 +601,8 @@ def with_replacement(dataset, epoch, index):
         except VideoError as error:
             failures.append((tried, str(error)))
         tried = stateless_seed(dataset.seed, epoch, index, attempt) % len(dataset.videos)
-    each = "\n".join(f"  {dataset.videos.name(i)}: {reason}" for i, reason in dict(failures).items())
-    raise VideoError(f"{ATTEMPTS} videos in a row cannot be used:\n{each}")
+    reasons = "\n".join(f"  {dataset.videos.name(i)}: {reason}" for i, reason in dict(failures).items())
+    raise VideoError(f"{ATTEMPTS} videos in a row cannot be used:\n{reasons}")
 
 
 # ------------------------------------------------------------------------------------------------------------ AVA

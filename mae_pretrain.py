@@ -229,8 +229,8 @@ def visualize(mae, paths, out, args, device):
         stem = Path(path).stem
         name = out / (stem if stems[stem] == 1 else f"{stem}_{i}")
         draw_figure(f"{name}.png", dict(zip(("original", "masked", "reconstruction"), pictures)), caption)
-        seconds = max(1, args.sampling_rate) * args.num_frames
-        zoom, fps = max(1, 240 // args.img_size), Fraction(data.FPS * len(pictures[0]), seconds)
+        span = max(1, args.sampling_rate) * args.num_frames  # of the clip, in 30ths of a second
+        zoom, fps = max(1, 240 // args.img_size), Fraction(data.FPS * len(pictures[0]), span)
         strip = torch.cat(pictures, 2).numpy().repeat(zoom, 1).repeat(zoom, 2)  # side by side
         data.write_video(f"{name}.mp4", strip, fps)
         print(f"{name}.png, {name}.mp4")
