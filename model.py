@@ -15,6 +15,7 @@ D the width of the encoder. Parameter names are those of the released code, so i
 """
 
 import argparse
+import ctypes
 import functools
 import json
 import math
@@ -807,6 +808,13 @@ def cores():
     return max(1, there // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
+def keep_freed_memory():
+    """Let the next tensor have the memory of a freed one: glibc would return it, and the kernel clear it, each time."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        for threshold in -3, -1:  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            libc.mallopt(threshold, 1 << 30)
+
+
 def start_process(args):
     """Join the processes that torchrun started, or run alone: (device, rank, world size)."""
     local, world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -821,9 +829,11 @@ def start_process(args):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32, where autocast does not apply
-    elif args.model == "vit_demo" and "OMP_NUM_THREADS" not in os.environ:
-        # The other cores decode. Threads without a core of their own make the rest wait: a step takes 20 times as long.
-        torch.set_num_threads(max(1, cores() // 2))
+    else:
+        keep_freed_memory()
+        if args.model == "vit_demo" and "OMP_NUM_THREADS" not in os.environ:
+            # The other cores decode. Threads without a core of their own make the rest wait: a step takes 20 x as long.
+            torch.set_num_threads(max(1, cores() // 2))
     if world > 1 and not dist.is_initialized():
         store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun's store outlives a restart, with what the dead wrote

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -375,6 +376,20 @@ def test_on_a_cpu_the_small_model_and_its_workers_share_the_cores(monkeypatch):
         assert data.workers(parse("")) == 3 and data.workers(parse("--num_workers 0")) == 0
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another libc keeps freed memory as it likes")
+def test_on_a_cpu_a_freed_tensor_leaves_its_memory_to_the_next():
+    script = """if 1:
+        import resource
+        import torch, mae_pretrain, model
+        model.start_process(mae_pretrain.parse_args(["--data", "x", "--device", "cpu"])[0])
+        torch.ones(2**26)  # 256 MiB, freed at once
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**25)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert int(ended.stdout) < 20, ended.stderr  # page faults; 64 or 32,768 where the kernel gives the pages anew
 
 
 def test_a_batch_that_does_not_divide_says_what_would():
