@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import PIXEL_MEAN, InputError, bar_interval, cores, gather
+from model import PIXEL_MEAN, InputError, bar_interval, cores, gather, writing
 
 DECODE_LIMIT = 60.0  # seconds that the decoding of one video may take
 LARGEST = 2**26  # pixels of a frame: a damaged header may promise any number, and the memory is taken
@@ -68,7 +68,7 @@ def stateless_seed(*numbers):
 def add_arguments(parser):
     """The arguments on data that the stages share."""
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
-    add("--data", help="list or folder of videos, see below (default: data/DATASET)")
+    add("--data", help="the data set, as laid out below; default: data/DATASET")
     add("--videos", metavar="FOLDER", help="where the videos of a list lie, if not beside it")
     add("--hflip", action=switch, help="mirror half of the clips; not on SSv2, whose labels know left from right")
     add("--num_frames", type=int, default=16, help="frames in a clip")
@@ -79,7 +79,7 @@ def add_arguments(parser):
         help="30ths of a second from a frame to the next; 0: one frame, repeated",
     )
     add("--img_size", type=int, help="height and width of a clip in pixels")
-    add("--num_workers", type=int, help="processes that decode for each GPU; default: its share of the cores")
+    add("--num_workers", type=int, help="processes that decode for each GPU; default: its share of the cores, up to 16")
     add("--max_failures", type=int, help="stop when more videos cannot be read; default: 1 in 100, at least 4")
 
 
@@ -94,7 +94,7 @@ def add_sampling_arguments(parser):
         help="clips from a video that was opened: reading costs more than a second clip",
     )
     add("--crop", type=float, nargs=2, metavar=("MIN", "MAX"), help="area of a random crop, as a share of the frame")
-    add("--segments", action=switch, help="a frame from each of --num_frames equal parts of a video; default: on SSv2")
+    add("--segments", action=switch, help="a frame from each of --num_frames equal parts of a video, as on SSv2")
 
 
 def locate(args, rank, part):
@@ -1004,7 +1004,7 @@ def collate(samples):
 
 
 def workers(args):
-    """Decoding processes for each training process: --num_workers, or its share of the cores, at most 16.
+    """Decoding processes for each training process: --num_workers, or its share of the cores, up to 16.
 
     Half of its share where there is no GPU.
     """
@@ -1079,7 +1079,7 @@ class Failures:
                 self.known.add(name)
                 if write:
                     tqdm.write(f"skipped {name}: {reason}")
-                    with open(self.log, "a") as log:
+                    with writing(self.log), open(self.log, "a") as log:
                         log.write(f"{name}\t{reason}\n")
         if len(self.known) > self.limit:
             raise VideoError(

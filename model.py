@@ -2,9 +2,9 @@
 
 Read from top to bottom:
 
-    tubelets and masking    a video becomes tokens of 2 x 16 x 16 pixels, 90 % of them are hidden    (section 3.1, 3.2)
-    the encoder             a plain ViT, on the visible tokens alone                                  (section 3.2)
-    MAE                     encoder, small decoder, loss on the hidden tokens                         (section 3.2, 3.3)
+    tubelets and masking    a video becomes tokens of 2 x 16 x 16 pixels, 90 % of them are hidden    (section 3)
+    the encoder             a plain ViT, on the visible tokens alone                                  (section 3)
+    MAE                     encoder, small decoder, loss on the hidden tokens                         (section 3)
     Classifier              the same encoder, all tokens, averaged                                    (appendix A)
     Detector                the same encoder, a region head on each person's box                      (appendix A, AVA)
     weights                 loading from any layout, optimizer groups, schedule                       (Tables 5 and 6)
@@ -15,6 +15,7 @@ D the width of the encoder. Parameter names are those of the released code, so i
 """
 
 import argparse
+import contextlib
 import ctypes
 import functools
 import json
@@ -104,7 +105,7 @@ def num_visible(grid, mask_ratio, masking="agnostic"):
 
 
 def masking_noise(grid, mask_ratio, masking="agnostic", generator=None):
-    """One number per token, (t*h*w,): the num_visible(...) smallest stay visible (section 3.2, Figure 4).
+    """One number per token, (t*h*w,): the num_visible(...) smallest stay visible (section 3, Figure 4).
 
     agnostic: uniform over all tokens. space-only: the same places in every time step. time-only: whole time steps.
     block-wise: boxes, from a quarter of the grid to a little over half of it long in each direction, until enough is
@@ -683,7 +684,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Leaves the docstring as it is, and ends an argument's help with its default, which the recipe may have given."""
 
     def _get_help_string(self, action):
-        if isinstance(action.default, bool) or action.default in (None, argparse.SUPPRESS):
+        plain_switch = action.nargs == 0 and not isinstance(action, argparse.BooleanOptionalAction)
+        if plain_switch or action.default in (None, argparse.SUPPRESS) or "default:" in action.help:
             return action.help
         return f"{action.help} (default: %(default)s)"
 
@@ -700,15 +702,15 @@ def make_parser(doc, layouts):
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--model", choices=SIZES, help="vit_l, but vit_demo for the demo")
     add("--init", metavar="CHECKPOINT", help="start from these weights: a file of this project, or see the README")
-    add("--output_dir", help="default: runs/STAGE_DATASET_MODEL; where nothing is trained, the folder of --init")
+    add("--output_dir", help="default: runs/STAGE_DATASET_MODEL; to test, eval/ in --init's folder, else that folder")
     add("--resume", action=switch, default=True, help="go on from the checkpoint in --output_dir, if there is one")
     add(
         "--epochs",
         type=float,
-        help="effective epochs: clips taken of each video in all; each time it is opened gives --repeats",
+        help="effective epochs: clips taken of each video in all, however many each time it is opened",
     )
     add("--warmup_epochs", type=float, help="effective epochs, too; scaled with --epochs, where these are fewer")
-    add("--batch_size", type=int, help="videos in a step, over all GPUs; each gives --repeats clips")
+    add("--batch_size", type=int, help="videos in a step, over all GPUs, however many clips each gives")
     add("--micro_batch", type=int, help="videos that a GPU takes at once, if its memory is short; gradients add up")
     add("--lr", type=float, help="peak learning rate; scaled with --batch_size, unless it is given")
     add("--weight_decay", type=float, help="on matrices alone")
@@ -717,7 +719,7 @@ def make_parser(doc, layouts):
     add("--log_every", type=int, default=10, metavar="STEPS", help="steps to a line of log.jsonl")
     add("--save_minutes", type=float, default=10, help="time between checkpoints, beside one after each pass")
     add("--device", help="default: cuda if there is one, else cpu")
-    add("--precision", choices=("bf16", "fp32"), help="default: bf16 autocast where the hardware has it")
+    add("--precision", choices=("bf16", "fp32"), help="default: bf16 autocast if the hardware has it; vit_demo: fp32")
     add("--compile", action=switch, help="torch.compile the model; default: on a GPU")
     add("--checkpoint_activations", action=switch, help="compute blocks twice: slower, far less memory")
     return parser
@@ -882,30 +884,39 @@ def split_batch(batch_size, world, micro_batch=None, at_most=None):
     return micro_batch, share // micro_batch
 
 
-def save_checkpoint(folder, **content):
-    """Write a run's checkpoint.pt, and keep the one before as checkpoint_previous.pt.
-
-    It is written to a temporary file first, then renamed: a kill at any moment leaves a whole one. Raises InputError
-    where it cannot be written, as on a full disk, naming the last one that is there.
-    """
-    path, previous = (Path(folder) / name for name in CHECKPOINTS)
-    temporary = path.with_suffix(".tmp")
+@contextlib.contextmanager
+def writing(path):
+    """Raise InputError where a run's file cannot be written, as on a full disk: names it, and the last checkpoint."""
     try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists():
-            os.replace(path, previous)
-        os.replace(temporary, path)
+        yield
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
         while error.__context__:  # torch.save hides the first error behind its own
             error = error.__context__
         if not isinstance(error, OSError):
             raise error from None
-        last = next((str(old) for old in (path, previous) if old.exists()), "none")
+        checkpoints = (path.parent / name for name in CHECKPOINTS)
+        last = next((str(checkpoint) for checkpoint in checkpoints if checkpoint.exists()), "none")
         raise InputError(f"{path}: cannot be written: {error}. The last good checkpoint: {last}") from None
+
+
+def save_checkpoint(folder, **content):
+    """Write a run's checkpoint.pt, and keep the one before as checkpoint_previous.pt.
+
+    It is written to a temporary file first, then renamed: a kill at any moment leaves a whole one. Raises as `writing`.
+    """
+    path, previous = (Path(folder) / name for name in CHECKPOINTS)
+    temporary = path.with_suffix(".tmp")
+    try:
+        with writing(path), open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except InputError:
+        temporary.unlink(missing_ok=True)
+        raise
+    if path.exists():
+        os.replace(path, previous)
+    os.replace(temporary, path)
 
 
 def plan(args, videos, world, at_most=None):
@@ -1167,7 +1178,7 @@ class Log:
         line |= dict(grad_norm=values[-1][1], clips_per_s=clips / seconds)
         line |= dict(data_wait=sum(report["waited"] for report in reports) / len(reports) / seconds)
         if self.main:
-            with open(self.path, "a") as file:
+            with writing(self.path), open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
         self.bar.set_postfix_str(
             "loss {loss:.4f}, lr {lr:.1e}, {clips_per_s:.0f} clips/s, data {data_wait:.0%}".format(**line),

@@ -237,6 +237,19 @@ def test_sigterm_saves_and_stops(number, processes, videos, whole, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_ctrl_c_twice_ends_at_once(videos, tmp_path):
+    line = line_of("mae_pretrain.py", videos, tmp_path / "run")
+    harm = "import time\nm.Log.step = lambda *args, **settings: [print('slow', flush=True), time.sleep(60)]"
+    process = start("mae_pretrain.py", line, harm=harm, folder=tmp_path)
+    for text in "slow", "Ctrl-C again ends at once":
+        wait_for(lambda text=text: text in printed(process), process)
+        process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    code, out = finish(process)
+    assert code == 1 and time.monotonic() - began < 20 and "mae_pretrain.py: interrupted; a run that" in out, out
+    assert "Traceback" not in out
+
+
 def test_a_kill_while_a_checkpoint_is_written_leaves_a_whole_one(tmp_path):
     content = np.arange(300_000)
     m.save_checkpoint(tmp_path, content=torch.from_numpy(content), step=0)
@@ -300,6 +313,18 @@ def test_a_full_disk_stops_the_run_and_names_the_last_good_checkpoint(videos, tm
     assert re.search(rf"run/checkpoint.pt: cannot be written: .*File too large. {last}\n", out), out
     assert m.find_checkpoint(tmp_path / "run")["step"] == 4
     assert not (tmp_path / "run" / "checkpoint.tmp").exists()
+
+
+def test_a_log_that_cannot_grow_stops_the_run_just_so(videos, tmp_path):
+    harm = "import resource\nstep = m.Log.step\ndef full(log, *args, **settings):\n    if log.done == 4:\n"
+    harm += "        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))\n"
+    harm += "        log.path.write_text(100_000 * ' ')\n"
+    harm += "    return step(log, *args, **settings)\nm.Log.step = full"
+    line = line_of("mae_pretrain.py", videos, tmp_path / "run")
+    code, out = finish(start("mae_pretrain.py", line, harm=harm, folder=tmp_path))
+    assert code == 1 and "Traceback" not in out
+    last = f"The last good checkpoint: {tmp_path}/run/checkpoint.pt"
+    assert re.search(rf"run/log.jsonl: cannot be written: .*File too large. {last}\n", out), out
 
 
 class Payload:
