@@ -212,7 +212,7 @@ def read_list(file, root, split, need_labels=False, classes=None):
     """Read a list of videos: 'path label' lines, or the official Kinetics csv."""
     if str(file).lower().endswith(SUFFIXES):
         raise InputError(f"{file}: a video, not a list of them; give the folder that it is in")
-    with open(file, encoding="utf-8", newline="") as text:
+    with open(file, encoding="utf-8-sig", newline="") as text:
         first = text.readline()
         text.seek(0)
         if "youtube_id" in first:
@@ -316,6 +316,8 @@ class Video:
             self.duration = float(self.stream.duration / self.second)
         elif self.container.duration:
             self.duration = self.container.duration / av.time_base
+            if "matroska" in self.container.format.name:  # this one is counted from 0, not from the first frame
+                self.duration -= float(self.start / self.second)
         else:  # the header does not say: read to the end
             ends = [p.pts + (p.duration or 0) - self.start for p in self.packets(self.start, math.inf)]
             self.duration = float(max(ends, default=0) / self.second)
@@ -336,6 +338,9 @@ class Video:
         if self.codec.width * self.codec.height > LARGEST:
             self.container.close()
             raise VideoError(f"has frames of {self.codec.width} x {self.codec.height} pixels")
+        if self.container.format.name == "avi" and self.codec.name in ("h264", "hevc") and self.codec.has_b_frames:
+            self.container.close()
+            raise VideoError("has B-frames, whose order AVI does not give; convert it: ffmpeg -i a.avi a.mp4")
         self.codec.thread_count = 1  # the workers are the threads
         self.used = False  # nothing has been read yet
 
@@ -440,7 +445,7 @@ def nearest(sorted_values, targets):
 
 def upright_size(frame):
     """Height and width of a frame as it is meant to be shown."""
-    return (frame.width, frame.height) if frame.rotation % 180 else (frame.height, frame.width)
+    return (frame.width, frame.height) if frame.rotation % 180 == 90 else (frame.height, frame.width)
 
 
 def to_clip(frames, size, box=None, flip=False):
@@ -448,27 +453,29 @@ def to_clip(frames, size, box=None, flip=False):
 
     size: (height, width) to scale to. box: (top, left, height, width) in pixels of the upright frame, all of it by
     default; rounded to what the pixel format can be cut at. One pass of libswscale per distinct frame, so that an
-    RGB picture of full size never exists.
+    RGB picture of full size never exists. Raises VideoError where that cannot be done with them.
     """
     first = frames[0]
     top, left, height, width = box or (0, 0, *upright_size(first))
-    graph = av.filter.Graph()
-    graph.threads = 1
-    chain = [graph.add_buffer(width=first.width, height=first.height, format=first.format, time_base=Fraction(1, FPS))]
     turn = {90: ["transpose=cclock"], 180: ["hflip", "vflip"], 270: ["transpose=clock"]}.get(first.rotation % 360, [])
     steps = [f"crop={width}:{height}:{left}:{top}", f"scale={size[1]}:{size[0]}:flags=bilinear", "format=rgb24"]
     steps = turn + steps + ["hflip"] * flip
-    chain += [graph.add(*step.split("=", 1)) for step in steps] + [graph.add("buffersink")]
-    graph.link_nodes(*chain).configure()
-    pictures = {}
-    for frame in frames:
-        if id(frame) not in pictures:
-            if (frame.width, frame.height, frame.format.name) != (first.width, first.height, first.format.name):
-                same = frame.reformat(first.width, first.height, first.format)  # the size may change within a file
-            else:
-                same = frame
-            graph.push(same)
-            pictures[id(frame)] = torch.from_numpy(graph.pull().to_ndarray())
+    pictures, graph = {}, av.filter.Graph()
+    graph.threads = 1
+    try:
+        source = dict(width=first.width, height=first.height, format=first.format, time_base=Fraction(1, FPS))
+        chain = [graph.add_buffer(**source), *(graph.add(*step.split("=", 1)) for step in steps)]
+        graph.link_nodes(*chain, graph.add("buffersink")).configure()
+        for frame in frames:
+            if id(frame) not in pictures:
+                if (frame.width, frame.height, frame.format.name) != (first.width, first.height, first.format.name):
+                    same = frame.reformat(first.width, first.height, first.format)  # the size may change within a file
+                else:
+                    same = frame
+                graph.push(same)
+                pictures[id(frame)] = torch.from_numpy(graph.pull().to_ndarray())
+    except av.error.FFmpegError as error:
+        raise VideoError(f"cannot be cut to {height} x {width} and scaled: {error.strerror}") from None
     return torch.stack([pictures[id(frame)] for frame in frames])
 
 
@@ -655,7 +662,7 @@ class BoxRows(NamedTuple):
 def read_rows(file):
     """The rows of a csv with their line numbers, without empty ones."""
     try:
-        with open(file, encoding="utf-8", newline="") as text:
+        with open(file, encoding="utf-8-sig", newline="") as text:
             yield from ((line, row) for line, row in enumerate(csv.reader(text), 1) if row)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{file}: cannot be read as a csv: {error}") from None
@@ -1048,8 +1055,12 @@ def each_once(views, args, rank, world, function):
     """
     mine = range(rank, len(views), world)
     loader = torch.utils.data.DataLoader(views, sampler=mine, batch_size=None, num_workers=workers(args))
-    values, failures = {}, []
-    for sample in tqdm(each(loader), "test", len(mine), disable=rank > 0, mininterval=bar_interval()):
+    values, failures, samples, rounds = {}, [], each(loader), math.ceil(len(views) / world)
+    for number in tqdm(range(rounds), "test", disable=rank > 0, mininterval=bar_interval()):
+        if number % 20 == 0:
+            gather(None)  # else a slow machine could be so late in the end that the others take it for dead
+        if (sample := next(samples, None)) is None:
+            break  # in the last round there may not be one for each
         if "failure" in sample:
             failures.append((sample["index"], sample["failure"]))
         else:
@@ -1068,13 +1079,14 @@ class Failures:
         self.limit = max(4, len(videos) // 100) if limit is None else limit
         if resumed and self.log.exists():
             self.known = {line.split("\t")[0] for line in self.log.read_text().splitlines()}
-        else:
+        if not resumed or len(self.known) > self.limit:  # what stopped the run before may have been mended
+            self.known = set()
             self.log.unlink(missing_ok=True)
 
     def add(self, failures, write=True):
         """failures: [(index, reason)], from all processes; one of them writes. Raises VideoError beyond the limit."""
         for index, reason in failures:
-            name = self.videos.name(index)
+            name = self.videos.name(index).encode(errors="backslashreplace").decode()  # any bytes can be a file's name
             if name not in self.known:
                 self.known.add(name)
                 if write:

@@ -231,6 +231,7 @@ def train(args, recipe):
         if log.step(loss, norm, lr=lr):
             log.save(detector, optimizer, config=config, actions=actions)
     log.close()
+    batches.close()  # its workers
     test(detector, held_out, actions, args, device, rank, world)
     print(f"{out}: checkpoint.pt, log.jsonl, args.json, results.json, detections.csv, pictures/")
     print(f"next: python finetune_ava.py --predict VIDEO --boxes CSV --init {out / 'checkpoint.pt'}")
@@ -345,7 +346,7 @@ def write_detections(path, keyframes, scores, actions):
         rows = csv.writer(file)
         for index, values in scores.items():
             movie, second = keyframes.moments[index]
-            second = f"{int(second):04d}" if second == int(second) else f"{second:g}"
+            second = f"{int(second):04d}" if second == int(second) else f"{second:.10g}"
             for box, value in zip(keyframes.boxes[keyframes.rows(index)].tolist(), values.tolist()):
                 box = [f"{x:.6g}" for x in box]
                 rows.writerows([keyframes.names[int(movie)], second, *box, i, f"{value[i - 1]:.6f}"] for i in actions)
@@ -454,7 +455,7 @@ def draw(keyframes, scores, actions, args, out):
                 pen.multiline_text(at, "\n".join(lines), "yellow", font, spacing=2)
             pictures.append(np.asarray(picture))
         movie, second = keyframes.moments[index]
-        name = out / f"{keyframes.names[int(movie)]}_{second:g}"
+        name = out / f"{keyframes.names[int(movie)]}_{second:.10g}"
         Image.fromarray(pictures[args.num_frames // 2]).save(f"{name}.png")
         data.write_video(f"{name}.mp4", np.stack(pictures), Fraction(data.FPS, max(1, args.sampling_rate)))
         print(f"{name}.png, {name}.mp4")

@@ -102,16 +102,17 @@ def parse_args(argv=None):
     first = m.first_look(parser, argv)
     dataset, size = first.dataset, first.model
     name = first.recipe or ("ssv2" if dataset == "ssv2" else "demo" if size == "vit_demo" else "kinetics")
+    ssv2 = "ssv2" in (name, dataset)
     elsewhere = first.predict or first.eval  # where there is no learning rate to miss
     recipe = m.column(f"--recipe {name}", RECIPES[name], size, 0 if elsewhere else first.lr)
     parser.set_defaults(
         recipe=name,
         **m.defaults_of(recipe),
-        hflip=dataset != "ssv2",
+        hflip=not ssv2,
         crop=recipe["augmentation"].get("crop", CROP),
         rand_augment=list(recipe["augmentation"]["RandAug"]),
-        segments=dataset == "ssv2",
-        views=VIEWS.get(dataset, "7x3"),
+        segments=ssv2,
+        views=VIEWS.get("ssv2" if ssv2 else dataset, "7x3"),
     )
     args = parser.parse_args(argv)
     m.settle(args, recipe, "finetune_cls", parser, argv)
@@ -206,6 +207,7 @@ def train(args, recipe):
         if log.step(loss, norm, lr=lr, mask_ratio=mask_ratio):
             log.save(classifier, optimizer, config=config, class_names=classes)
     log.close()
+    batches.close()  # its workers
     test(classifier, held_out, args, device, rank, world, classes)
     print(f"{out}: checkpoint.pt, log.jsonl, args.json, results.json")
     print(f"next: python finetune_cls.py --predict VIDEO --init {out / 'checkpoint.pt'}")

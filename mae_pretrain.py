@@ -155,6 +155,7 @@ def train(args, recipe):
         if log.step(loss, norm, lr=lr):
             log.save(mae, optimizer, config=config)
     log.close()
+    batches.close()  # its workers
 
     if rank == 0:
         shown = min(4, len(held_out))

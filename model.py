@@ -649,7 +649,8 @@ def run_stage(main):
     name = Path(sys.argv[0]).name
     if os.environ.get("RANK", "0") != "0":
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.stdout.reconfigure(line_buffering=True)  # also into a file or a pipe
+    # Also into a file or a pipe; and file names that are no text are printed in escapes, as stderr does.
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         main()
     except Stopped as stop:
@@ -753,7 +754,7 @@ def dataset_of(data):
     path = path.parent if path.is_file() else path
     path = path.parent if path.name in ("annotations", "labels") else path
     labels = any(next((path / folder).glob("*labels.json"), None) for folder in ("", "annotations", "labels"))
-    return "ssv2" if labels or re.search("ssv2|something-something", path.name.lower()) else path.stem
+    return "ssv2" if labels or re.search("ssv2|something.something", path.name.lower()) else path.stem
 
 
 def defaults_of(recipe):
@@ -813,8 +814,9 @@ def cores():
 def keep_freed_memory():
     """Let the next tensor have the memory of a freed one: glibc would return it, and the kernel clear it, each time."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        for threshold in -3, -1:  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-            libc.mallopt(threshold, 1 << 30)
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, MiB = -1, -3, 2**20
+        if any(libc.mallopt(M_MMAP_THRESHOLD, most * MiB) for most in (1024, 32)):  # older versions take 32 at most
+            libc.mallopt(M_TRIM_THRESHOLD, 1024 * MiB)
 
 
 def start_process(args):
@@ -1083,7 +1085,8 @@ class Stop:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # data workers may get the signal, too: their end is no error now
         self.asked = signal.Signals(number).name
         if os.environ.get("RANK", "0") == "0":
-            print(f"{self.asked}: stopping after this step; Ctrl-C again ends at once", file=sys.stderr)
+            line = f"{self.asked}: stopping after this step; Ctrl-C again ends at once\n"
+            os.write(sys.stderr.fileno(), line.encode())  # not print: the signal may have come in the midst of one
 
     def agreed(self):
         """Once a step: whether to stop now. All give the same answer, from the signals that were there a step before.

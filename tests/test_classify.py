@@ -84,7 +84,9 @@ def test_arguments_follow_the_tables():
     assert (args.lr, args.epochs, args.drop_path, args.dropout) == (8e-3, 150, 0.1, 0.3)
     args = parse("--dataset ssv2 --model vit_h")
     assert (args.lr, args.epochs, args.repeats, args.views) == (0.32, 40, 1, [1, 3])
-    assert args.segments and not args.hflip
+    for line in "--recipe ssv2 --data mine", "--recipe kinetics --dataset ssv2", "--data something_something_v2":
+        args = parse(line)
+        assert args.segments and not args.hflip and args.views == [1, 3]
     args = parse("--recipe k600_intermediate --model vit_h")
     assert (args.lr, args.epochs, args.drop_path) == (8e-4, 30, 0.3)
     args = parse("--recipe k600_intermediate")

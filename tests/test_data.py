@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import math
 import os
 import pickle
 import shutil
@@ -108,6 +109,29 @@ def test_a_file_that_cannot_seek_and_has_no_duration_is_read_from_its_start(tmp_
     with data.Video(tmp_path / "pipe.mkv") as video:
         assert video.duration == pytest.approx(80 / 30, abs=0.04)
     assert_same_frames(tmp_path / "pipe.mkv")
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.webm", "a.ts"])
+@pytest.mark.parametrize("start", [0, 250])
+def test_the_duration_counts_from_the_first_frame(name, start, tmp_path):
+    codec = "libvpx" if name == "a.webm" else "libx264"
+    with data.Video(encode(tmp_path / name, noise_frames(80), codec=codec, start=start)) as video:
+        assert video.duration == pytest.approx(80 / 30, abs=0.05)
+
+
+def test_h264_with_b_frames_in_avi_counts_as_damaged(tmp_path):
+    """Its packets have no time stamps: those that FFmpeg guesses are in the order of decoding."""
+    assert_same_frames(encode(tmp_path / "plain.avi", noise_frames(40), options={"bf": "0"}))
+    path = encode(tmp_path / "b_frames.avi", noise_frames(40), options={"bf": "2"})
+    with pytest.raises(data.VideoError, match="has B-frames, whose order AVI does not give; convert it"):
+        data.Video(path)
+
+
+def test_frames_that_cannot_be_scaled_count_as_damage(tmp_path):
+    with data.Video(encode(tmp_path / "a.mp4", noise_frames(5))) as video:
+        frames = video.frames([0.0])
+    with pytest.raises(data.VideoError, match="cannot be cut to 9999 x 64 and scaled"):
+        data.to_clip(frames, (32, 32), (0, 0, 9999, 64))
 
 
 def test_only_the_groups_of_pictures_that_hold_wanted_frames_are_decoded_and_once(tmp_path):
@@ -219,7 +243,8 @@ def contents(videos):
 @pytest.mark.parametrize("separator", [" ", ",", ", ", "\t"])
 def test_lists_with_space_or_comma(separator, tmp_path):
     lines = [f"a.mp4{separator}3", f"my videos/b c.mp4{separator}0", "", f"/abs/d.mp4{separator}12"]
-    (tmp_path / "train.csv").write_text("\n".join(lines))
+    encoding = "utf-8-sig" if separator == "," else "utf-8"  # what spreadsheets write begins with a mark
+    (tmp_path / "train.csv").write_text("\n".join(lines), encoding=encoding)
     for source in (tmp_path, tmp_path / "train.csv"):
         videos = data.find_videos(source)
         assert [videos.path(i) for i in range(3)] == [
@@ -430,8 +455,31 @@ def test_a_video_that_fails_is_replaced_named_once_and_counted(demo, tmp_path):
     assert (tmp_path / "failures.log").read_text() == f"{tmp_path}/broken.mp4\tno\n"
     with pytest.raises(data.VideoError, match=r"2 of 9 videos cannot be used, more than --max_failures 1"):
         failures.add([(3, "neither")])
-    assert data.Failures(tmp_path / "failures.log", dataset.videos, 1, resumed=True).known == failures.known
+    assert data.Failures(tmp_path / "failures.log", dataset.videos, 2, resumed=True).known == failures.known
+    again = data.Failures(tmp_path / "failures.log", dataset.videos, 1, resumed=True)  # repaired: it can go on
+    again.add([])
+    again.add([(0, "still")])
+    assert (tmp_path / "failures.log").read_text() == f"{tmp_path}/broken.mp4\tstill\n"
     assert data.Failures(tmp_path / "failures.log", dataset.videos, 1).known == set()
+
+
+def test_a_broken_video_may_have_any_bytes_for_a_name(tmp_path):
+    touch(tmp_path, os.fsdecode(b"caf\xe9.mp4"), "b.mp4")
+    videos = data.find_videos(tmp_path)
+    for resumed in False, True:  # named once
+        data.Failures(tmp_path / "failures.log", videos, 5, resumed).add([(0, "no"), (1, "no"), (0, "no")])
+    assert (tmp_path / "failures.log").read_text() == f"{tmp_path}/b.mp4\tno\n{tmp_path}/caf\\udce9.mp4\tno\n"
+
+
+@pytest.mark.parametrize("length", [1, 20, 60, 61, 62, 63])
+def test_in_a_test_all_processes_meet_equally_often(length, monkeypatch):
+    """Else they would wait for one another without end; and never for long, however many videos there are."""
+    videos, meetings, seen = [{"index": i} for i in range(length)], [], []
+    for rank in range(3):
+        monkeypatch.setattr(data, "gather", lambda value, rank=rank: meetings.append(rank) or [value])
+        data.each_once(videos, argparse.Namespace(num_workers=0), rank, 3, lambda sample: seen.append(sample["index"]))
+    assert sorted(seen) == list(range(length))
+    assert {meetings.count(rank) for rank in range(3)} == {math.ceil(math.ceil(length / 3) / 20) + 1}
 
 
 def test_a_list_of_broken_videos_ends_with_a_reason(tmp_path):
