@@ -183,7 +183,8 @@ def ablations(study, epochs, jobs):
             pretraining, runs = rows[name, row].result()
             seconds = mean(run["seconds"] for run in runs)
             scores = spread([run["top1"] for run in runs])
-            print(f"{row:44}{scores:>22}{pretraining['seconds']:12.0f} s{seconds:11.0f} s{paper:>13}", flush=True)
+            with study.printing:
+                print(f"{row:44}{scores:>22}{pretraining['seconds']:12.0f} s{seconds:11.0f} s{paper:>13}", flush=True)
 
 
 def main():
