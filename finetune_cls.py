@@ -1,348 +1,396 @@
-"""Stage 2: fine-tune a pre-trained encoder to classify Kinetics or Something-Something v2, and test it.
+"""Stage 2: fine-tune an encoder to classify Kinetics or Something-Something v2 (Tables 5b, 6b).
 
     python finetune_cls.py --dataset demo --init runs/mae_pretrain_demo_vit_demo/checkpoint.pt
-    torchrun --nproc_per_node 8 finetune_cls.py --init CHECKPOINT                    Table 5b, ViT-L on Kinetics-400
-    torchrun --nproc_per_node 8 finetune_cls.py --dataset ssv2 --init CHECKPOINT     Table 6b
-    torchrun --nproc_per_node 8 finetune_cls.py --eval --init runs/finetune_cls_kinetics400_vit_l/checkpoint.pt
-    python finetune_cls.py --predict a.mp4 b.mp4 --init runs/finetune_cls_demo_vit_demo/checkpoint.pt
+    torchrun --nproc_per_node 8 finetune_cls.py --init CHECKPOINT                 ViT-L, Table 5b
+    torchrun --nproc_per_node 8 finetune_cls.py --dataset ssv2 --init CHECKPOINT  ViT-L, Table 6b
+    python finetune_cls.py --eval --init runs/finetune_cls_demo_vit_demo/checkpoint.pt
+    python finetune_cls.py --predict a.mp4 --init runs/finetune_cls_demo_vit_demo/checkpoint.pt
 
-Without --init it trains from scratch. After training it tests: clips evenly over each video x 3 crops, their softmax
-averaged. Epochs are effective and batches count videos, as in pre-training. With the paper's ViT-L, pre-trained on
-Kinetics-400 for 800 epochs, this gives 84.4 % there (Table 11).
+Without --init it trains from scratch. Then it tests: clips evenly over each video x 3 crops, their
+softmax averaged. Epochs are effective and batches count videos, as in pre-training. With the
+paper's ViT-L, pre-trained on Kinetics-400 for 800 epochs, this gives 84.4 % there (Table 11).
 """
 
-import contextlib
+import argparse
 import functools
 import json
 import math
-import re
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 import data
-import model as m
+from data import Batches, ClipDataset, MultiViewDataset, RandAugment, VideoList
+from model import (
+    PIXEL_MEAN,
+    RANK,
+    RUN_FLAGS,
+    SIZES,
+    STOPPED,
+    WORLD,
+    Classifier,
+    InputError,
+    Run,
+    announce,
+    autocast,
+    compile_blocks,
+    cosine_decay,
+    count_flops,
+    fraction,
+    load_for_use,
+    make_optimizer,
+    make_parser,
+    normalize,
+    on_rank0,
+    parameter_groups,
+    parse_twice,
+    positive_int,
+    print_rank0,
+    random_mask,
+    resume,
+    run_main,
+    split_batch,
+    start_from_sines,
+    start_process,
+)
 
-KINETICS = {  # Table 5b: Kinetics fine-tuning
-    "optimizer": torch.optim.AdamW,
-    "optimizer momentum": (0.9, 0.999),
-    "weight decay": 0.05,
-    "learning rate": {"vit_b": 1.6e-2, "vit_l": 4.8e-3, "vit_h": 1.6e-3},
-    "learning rate schedule": m.cosine_decay,
-    "warmup epochs": 5,
-    "epochs": {"vit_b": 150, "vit_l": 100, "vit_h": 75},
-    "repeated sampling": {"vit_b": 2, "vit_l": 2, "vit_h": 1},
-    "augmentation": {"RandAug": (9, 0.5)},
-    "batch size": {"vit_b": 768, "vit_l": 256, "vit_h": 256},
-    "mixup": 0.8,
-    "cutmix": 1.0,
-    "label smoothing": 0.1,
-    "drop path": {"vit_b": 0.1, "vit_l": 0.2, "vit_h": 0.2},
-    "dropout": {"vit_b": 0.3, "vit_l": 0.3, "vit_h": 0.5},
-    "layer-wise decay": {"vit_b": 0.65, "vit_l": 0.75, "vit_h": 0.8},
-}
-SSV2 = {  # Table 6b: SSv2 fine-tuning
-    "optimizer": torch.optim.SGD,
-    "weight decay": 1e-4,
-    "learning rate": {"vit_l": 0.64, "vit_h": 0.32},
-    "learning rate schedule": m.cosine_decay,
-    "warmup epochs": 3,
-    "epochs": 40,
-    "augmentation": {"RandAug": (9, 0.5)},
-    "batch size": 256,
-    "mixup": 0.8,
-    "cutmix": 1.0,
-    "label smoothing": 0.1,
-    "drop path": 0.2,
-    "dropout": 0.5,
-    "layer-wise decay": {"vit_l": 0.75, "vit_h": 0.85},
-}
-K600_INTERMEDIATE = KINETICS | {  # appendix A: a checkpoint that was fine-tuned on Kinetics-600, on Kinetics-400
-    "learning rate": 8e-4,
-    "epochs": {"vit_l": 40, "vit_h": 30},
-    "drop path": {"vit_l": 0.2, "vit_h": 0.3},
-}
-DEMO = KINETICS | {  # vit_demo, minutes on two CPU cores
-    "learning rate": 4e-3,
-    "warmup epochs": 10,
-    "epochs": 80,
-    "repeated sampling": 2,
-    "augmentation": {"RandAug": (0, 0), "crop": [0.5, 1.0]},
-    "batch size": 16,
-    "drop path": 0.1,
-    "dropout": 0.0,
-    "layer-wise decay": 0.75,
-}
-RECIPES = {"kinetics": KINETICS, "ssv2": SSV2, "k600_intermediate": K600_INTERMEDIATE, "demo": DEMO}
-CROP = [0.08, 1.0]  # share of the frame that a random crop keeps
-VIEWS = {"ssv2": "1x3", "demo": "2x3"}  # clips x crops; on Kinetics 7x3 (Tables 7 and 9)
+KINETICS = dict(  # Table 5b: Kinetics fine-tuning. Keys are flags, comments the table's words
+    optimizer="adamw",  # optimizer: AdamW
+    betas=[0.9, 0.999],  # optimizer momentum
+    weight_decay=0.05,  # weight decay
+    lr={"vit_b": 1.6e-2, "vit_l": 4.8e-3, "vit_h": 1.6e-3},  # learning rate; schedule: cosine decay
+    warmup_epochs=5,  # warmup epochs
+    epochs={"vit_b": 150, "vit_l": 100, "vit_h": 75},  # epochs
+    repeat_aug={"vit_b": 2, "vit_l": 2, "vit_h": 1},  # repeated sampling
+    rand_augment=[9, 0.5],  # augmentation: RandAug (9, 0.5)
+    batch_size={"vit_b": 768, "vit_l": 256, "vit_h": 256},  # batch size
+    mixup=0.8,  # mixup
+    cutmix=1.0,  # cutmix
+    label_smoothing=0.1,  # label smoothing
+    drop_path={"vit_b": 0.1, "vit_l": 0.2, "vit_h": 0.2},  # drop path
+    dropout={"vit_b": 0.3, "vit_l": 0.3, "vit_h": 0.5},  # dropout
+    layer_decay={"vit_b": 0.65, "vit_l": 0.75, "vit_h": 0.8},  # layer-wise decay
+    # Not in the table: crops and flips of the released code, and the views of Table 7.
+    crop_scale=[0.08, 1.0],
+    hflip=True,
+    views="7x3",
+)
+SSV2 = dict(  # Table 6b: SSv2 fine-tuning
+    optimizer="sgd",  # optimizer: SGD
+    weight_decay=1e-4,  # weight decay
+    lr={"vit_l": 0.64, "vit_h": 0.32},  # learning rate; its schedule: cosine decay
+    warmup_epochs=3,  # warmup epochs
+    epochs=40,  # epochs
+    rand_augment=[9, 0.5],  # augmentation: RandAug (9, 0.5)
+    batch_size=256,  # batch size
+    mixup=0.8,  # mixup
+    cutmix=1.0,  # cutmix
+    label_smoothing=0.1,  # label smoothing
+    drop_path=0.2,  # drop path
+    dropout=0.5,  # dropout
+    layer_decay={"vit_l": 0.75, "vit_h": 0.85},  # layer-wise decay
+    # Appendix A samples by segments; labels know left from right; views as in Table 9.
+    segments=True,
+    repeat_aug=1,
+    crop_scale=[0.08, 1.0],
+    hflip=False,
+    views="1x3",
+)
+K600_INTERMEDIATE = KINETICS | dict(  # appendix A: a Kinetics-600 classifier, on Kinetics-400
+    lr={"vit_l": 8e-4, "vit_h": 8e-4},
+    epochs={"vit_l": 40, "vit_h": 30},
+    drop_path={"vit_l": 0.2, "vit_h": 0.3},
+)
+DEMO = KINETICS | dict(  # vit_demo, minutes on two CPU cores
+    lr=4e-3,
+    warmup_epochs=10,
+    epochs=80,
+    repeat_aug=2,
+    rand_augment=[0, 0],
+    batch_size=16,
+    drop_path=0.1,
+    dropout=0.0,
+    layer_decay=0.75,
+    crop_scale=[0.5, 1.0],
+    views="2x3",
+    img_size=32,
+    precision="fp32",  # matrices this small are slower in bf16
+    sine_positions=True,
+)
+RECIPES = dict(kinetics=KINETICS, ssv2=SSV2, k600_intermediate=K600_INTERMEDIATE, demo=DEMO)
 CLASSES = {"kinetics400": 400, "kinetics600": 600, "kinetics700": 700, "ssv2": 174}
-MICRO_BATCH = {"vit_b": 16, "vit_l": 8, "vit_h": 4}  # videos that fit on a GPU of 80 GB with room to spare
+MICRO_BATCH = {"vit_b": 16, "vit_l": 8, "vit_h": 4}  # videos that fit on a GPU of 80 GB
+MAY_DIFFER = RUN_FLAGS | {"data", "videos", "views", "val_epochs"}  # on resume
+
+
+def recipe_of(args):
+    if args.recipe:
+        return RECIPES[args.recipe]
+    ssv2 = args.dataset == "ssv2"
+    if args.model == "vit_demo":
+        return DEMO | dict(segments=True, hflip=False, views="1x3") if ssv2 else DEMO
+    return SSV2 if ssv2 else KINETICS
+
+
+def views(text):
+    """Clips x crops of a test, such as 7x3, from the command line."""
+    clips, crops = (positive_int(number) for number in text.split("x"))
+    return clips, crops
 
 
 def parse_args(argv=None):
-    parser = m.make_parser(__doc__, data.LAYOUTS)
-    data.add_arguments(parser)
-    data.add_sampling_arguments(parser)
-    m.add_finetuning_arguments(parser)
-    add = parser.add_argument
-    add("--recipe", choices=RECIPES, help="ssv2 for ssv2, demo for vit_demo, else kinetics")
-    add("--num_classes", type=int, help="default: the data set's, or as many as the training list names")
-    add("--rand_augment", type=float, nargs=2, metavar=("MAGNITUDE", "DEVIATION"), help="of 0 to 10; 0 0: none")
-    add("--erasing", type=float, default=0.0, help="chance of random erasing; the released configuration has 0.25")
-    add("--mixup", type=float, help="its alpha; each batch has MixUp or CutMix; 0: never")
-    add("--cutmix", type=float, help="its alpha; 0: never")
-    add("--label_smoothing", type=float, help="share of the target that all classes get")
-    add("--mask_start", type=float, default=0.0, help="share of tokens hidden at first, 0 at the end (Table 11)")
-    add("--views", help="clips x crops of a video to test on: 7x3 on Kinetics, 1x3 on SSv2")
-    add("--save_scores", action="store_true", help="keep each test video's averaged scores, in scores.pt")
-    add("--predict", nargs="+", metavar="VIDEO", help="do not train: print the 5 likeliest classes of each video")
-
-    first = m.first_look(parser, argv)
-    dataset, size = first.dataset, first.model
-    name = first.recipe or ("ssv2" if dataset == "ssv2" else "demo" if size == "vit_demo" else "kinetics")
-    ssv2 = "ssv2" in (name, dataset)
-    elsewhere = first.predict or first.eval  # where there is no learning rate to miss
-    recipe = m.column(f"--recipe {name}", RECIPES[name], size, 0 if elsewhere else first.lr)
-    parser.set_defaults(
-        recipe=name,
-        **m.defaults_of(recipe),
-        hflip=not ssv2,
-        crop=recipe["augmentation"].get("crop", CROP),
-        rand_augment=list(recipe["augmentation"]["RandAug"]),
-        segments=ssv2,
-        views=VIEWS.get("ssv2" if ssv2 else dataset, "7x3"),
+    parser, switch = make_parser(__doc__, data.LAYOUTS), argparse.BooleanOptionalAction
+    add = parser.add_argument_group("fine-tuning").add_argument
+    add("--recipe", choices=RECIPES, help="None: kinetics; ssv2 for it, demo for vit_demo")
+    add("--num_classes", type=positive_int, help="None: the data set's")
+    add("--repeat_aug", type=positive_int, help="clips of a video that is opened")
+    add("--crop_scale", type=fraction, nargs=2, metavar=("MIN", "MAX"), help="area of a crop, of 1")
+    add(
+        "--segments",
+        action=switch,
+        default=False,
+        help="a frame from each of equal parts, as on SSv2",
     )
-    args = parser.parse_args(argv)
-    m.settle(args, recipe, "finetune_cls", parser, argv)
-    views = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", args.views)
-    if not views:
-        raise m.InputError(f"--views {args.views}: expected clips x crops, both at least 1, such as 7x3")
-    args.views = [int(count) for count in views.groups()]
-    if not 0 <= args.mask_start < 1:
-        raise m.InputError(f"--mask_start {args.mask_start} is outside [0, 1)")
-    return args, recipe
+    add("--rand_augment", type=float, nargs=2, metavar=("MAGNITUDE", "STD"), help="of 10; 0 0: off")
+    add(
+        "--random_erasing",
+        type=fraction,
+        default=0.0,
+        help="probability; 0.25 in the released code",
+    )
+    add("--mixup", type=float, help="alpha; each batch has MixUp or CutMix; 0: off")
+    add("--cutmix", type=float, help="alpha; 0: off")
+    add("--label_smoothing", type=fraction, help="share of the target that all classes get")
+    add("--drop_path", type=fraction, help="stochastic depth of the last block")
+    add("--dropout", type=fraction, help="before the head")
+    add("--layer_decay", type=fraction, help="layer-wise lr decay; 0 trains the head only")
+    add(
+        "--mask_start",
+        type=fraction,
+        default=0.0,
+        help="mask ratio at first, 0 at the end (Table 11)",
+    )
+    add = parser.add_argument_group("test").add_argument
+    add(
+        "--val_epochs",
+        type=float,
+        default=0,
+        help="effective epochs between tests with one view; 0: none",
+    )
+    add("--views", type=views, help="clips x crops of a video, such as 7x3")
+    add("--eval", action="store_true", help="test the classifier in --init")
+    add("--predict", nargs="+", metavar="VIDEO", help="print the likeliest classes, by --init")
+    parser.set_defaults(class_names=None)
+    return parse_twice(parser, "finetune_cls", "kinetics400", recipe_of, argv)
 
 
-def config_of(args, num_classes):
-    """The arguments of model.Classifier that the command line describes."""
-    return m.SIZES[args.model] | dict(
+def model_config(args):
+    """The keywords of model.Classifier."""
+    return SIZES[args.model] | dict(
         img_size=args.img_size,
         num_frames=args.num_frames,
-        num_classes=num_classes,
+        num_classes=args.num_classes,
         drop_path=args.drop_path,
         dropout=args.dropout,
-        checkpoint_activations=bool(args.checkpoint_activations),
+        grad_checkpointing=args.grad_checkpointing,
     )
 
 
-def train(args, recipe):
-    device, rank, world = m.start_process(args)
-    out = Path(args.output_dir)
+def train(args):
+    device = start_process(args)
 
-    # Data
-    args.data = data.locate(args, rank, "kinetics")
+    # ---------------------------------------------------------------- data
+    data.locate_data(args, "kinetics")
     if Path(args.data).is_file():
-        raise m.InputError(
-            f"{args.data}: one list, of videos to train on or to test on? Give the folder that holds both"
+        raise InputError(f"{args.data}: a list to train or to test on? Give the folder with both")
+    expected = args.num_classes or CLASSES.get(args.dataset)
+    videos = on_rank0(data.find_videos, args.data, "train", args.videos, expected)
+    args.class_names = classes = videos.class_names
+    args.num_classes = expected or (len(classes) if classes else int(videos.labels.max()) + 1)
+    if classes and len(classes) != args.num_classes:
+        count = f"{len(classes)} classes, not {expected}"
+        raise InputError(
+            f"{videos.source}: {count}; if that is meant: --num_classes {len(classes)}"
         )
-    count = args.num_classes or CLASSES.get(args.dataset)
-    videos = data.find_videos(args.data, "train", args.videos, need_labels=True, classes=count)
-    classes = videos.class_names
-    count = count or (len(classes) if classes else int(videos.labels.max()) + 1)
-    if classes and len(classes) != count:
-        raise m.InputError(
-            f"{videos.source}: {len(classes)} classes, not {count}; if that is meant: --num_classes {len(classes)}"
-        )
-    held_out = data.find_videos(args.data, "val", args.videos, need_labels=True, classes=classes or count)
-    steps, micro_batch, micro_steps = m.plan(args, videos, world, MICRO_BATCH.get(args.model))
+    known = classes or args.num_classes
+    held_out = on_rank0(data.find_videos, args.data, "val", args.videos, known)
+    steps, micro_batch, micro_steps = split_batch(args, len(videos), device, MICRO_BATCH)
 
-    # Model and optimizer, new or as the run left them
+    # --------------------------------------------------------------- model
     torch.manual_seed(args.seed)
-    config = config_of(args, count)
-    classifier = m.Classifier(**config)
-    optimizer, start = m.prepare(classifier, recipe, args, device, videos, args.layer_decay)
-    ddp = m.parallel(classifier, args, device, world)
-    autocast = m.autocast_of(args, device)
-    m.announce(args, classifier, videos, device, world, steps, micro_batch)
+    config = model_config(args)
+    classifier = Classifier(**config)
+    if args.sine_positions:
+        start_from_sines(classifier)
+    if args.layer_decay == 0:
+        classifier.freeze_encoder()
+    classifier.to(device).train()
+    if args.compile:
+        compile_blocks(classifier)
+    ddp = DistributedDataParallel(classifier, broadcast_buffers=False) if WORLD > 1 else classifier
 
-    # Clips, and what mixes them: whole clips, on the device, MixUp or CutMix for each batch
-    noise_of = functools.partial(m.masking_noise, classifier.grid, args.mask_start) if args.mask_start else None
-    rand_augment = args.rand_augment if args.rand_augment[0] else None
-    clips = data.Clips(videos, args, noise_of, rand_augment, args.erasing)
-    stream = data.Stream(len(videos), args.batch_size, micro_batch, rank, world, args.seed, start, steps)
-    batches = data.each(data.make_loader(clips, stream, args, device))
-    failures = data.Failures(out / "failures.log", videos, args.max_failures, start > 0)
-    mixing = mixing_of(args, count)
-    if mixing and micro_batch == 1:
-        print("warning: a micro-batch of 1 video has no other to be mixed with: MixUp and CutMix need --micro_batch 2")
-    log = m.Log(args, start, steps, videos, failures)
+    # ------------------------------------------------ optimizer and resume
+    groups = parameter_groups(classifier, args.weight_decay, args.layer_decay)
+    optimizer = make_optimizer(args, groups)
+    start = resume(args, MAY_DIFFER, classifier, optimizer, videos)
+    flops = None if args.mask_start else count_flops(Classifier, config)
+    announce(args, classifier, videos, steps, micro_batch, flops)
 
-    classifier.train()
-    for step in range(start, steps):
-        lr = recipe["learning rate schedule"](log.epoch(step), args.lr, args.warmup_epochs, args.epochs)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-        mask_ratio = mask_ratio_at(step, steps, args.mask_start)
+    # ---------------------------------------------------------------- loop
+    draw_noise = None
+    if args.mask_start:
+        draw_noise = functools.partial(random_mask, classifier.grid, args.mask_start)
+    if micro_batch == 1 and (args.mixup or args.cutmix):
+        print_rank0("warning: a micro-batch of 1 video has no other to be mixed with")
+    clips = ClipDataset(videos, args, draw_noise, augmentation(args))
+    batches = Batches(clips, micro_batch, device, start, steps)
+    with Run(args, videos, batches, start, steps, flops) as run:
+        for step in range(start, steps):
+            lr = cosine_decay(run.epoch(step), args.lr, args.warmup_epochs, args.epochs)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["lr_scale"]
+            mask_ratio = mask_ratio_at(step, steps, args.mask_start)
 
-        loss = torch.zeros((), device=device)
-        for micro_step in range(micro_steps):
-            batch = log.next(batches)
-            torch.manual_seed(data.stateless_seed(args.seed, step, rank, micro_step))  # of mixing, dropout, drop path
-            video, label = (batch[name].to(device, non_blocking=True) for name in ("video", "label"))
-            noise = batch["noise"].to(device, non_blocking=True) if mask_ratio else None
-            video, target = mix_clips(m.normalize(video), label, mixing, count)
-            last = micro_step == micro_steps - 1  # only then do the processes exchange gradients
-            with contextlib.nullcontext() if last or world == 1 else ddp.no_sync():
-                with autocast():
-                    logits = ddp(video, mask_ratio, noise)
-                micro_loss = F.cross_entropy(logits.float(), target, label_smoothing=args.label_smoothing)
+            loss = torch.zeros((), device=device)
+            for micro_step in range(micro_steps):
+                batch = next(batches)
+                # Mixing, dropout and drop path follow from the step alone.
+                torch.manual_seed(data.stateless_seed(args.seed, step, RANK, micro_step, 0))
+                video, target = mix_clips(normalize(batch["video"]), batch["label"], args)
+                # DDP exchanges gradients at the last micro-batch only.
+                ddp.require_backward_grad_sync = micro_step == micro_steps - 1
+                with autocast(args, device):
+                    logits = ddp(video, mask_ratio, batch.get("noise"))
+                smoothing = args.label_smoothing
+                micro_loss = F.cross_entropy(logits.float(), target, label_smoothing=smoothing)
                 (micro_loss / micro_steps).backward()
-            loss += micro_loss.detach() / micro_steps
-        norm = torch.nn.utils.clip_grad_norm_(classifier.parameters(), args.clip_grad or math.inf)
-        optimizer.step()
-        optimizer.zero_grad()
+                loss += micro_loss.detach() / micro_steps
+            grad_norm = torch.nn.utils.clip_grad_norm_(
+                classifier.parameters(), args.clip_grad or math.inf
+            )
+            optimizer.step()
+            optimizer.zero_grad()
 
-        if log.step(loss, norm, lr=lr, mask_ratio=mask_ratio):
-            log.save(classifier, optimizer, config=config, class_names=classes)
-    log.close()
-    batches.close()  # its workers
-    test(classifier, held_out, args, device, rank, world, classes)
-    print(f"{out}: checkpoint.pt, log.jsonl, args.json, results.json")
-    print(f"next: python finetune_cls.py --predict VIDEO --init {out / 'checkpoint.pt'}")
+            run.record(loss, grad_norm)
+            if run.at_log_point():
+                run.log(lr=lr, mask_ratio=mask_ratio)  # raises if the loss is not finite
+                if run.passed(args.val_epochs) and not run.stopping:
+                    top1 = test(classifier, held_out, args, (1, 1))["top1"]
+                    run.write(step=run.done, val_top1=top1)
+                    classifier.train()
+            if run.save_due():
+                run.save(classifier, optimizer, config)
+            if run.stopping:
+                break
+    if run.ended():
+        return STOPPED
+    report(test(classifier, held_out, args, args.views), args)
+    print_rank0(f"next: python finetune_cls.py --predict VIDEO --init {run.out}/checkpoint.pt")
+
+
+def augmentation(args):
+    """RandAugment and random erasing of clips, uint8 (T, 3, H, W); erased pixels get the mean."""
+    rand_augment = [RandAugment(*args.rand_augment)] if args.rand_augment[0] else []
+    erase = v2.RandomErasing(args.random_erasing, value=round(255 * PIXEL_MEAN))
+    return v2.Compose([*rand_augment, erase])
 
 
 def mask_ratio_at(step, steps, start):
-    """Share of tokens to hide at a step: from `start` at the first to 0 at the last, along a cosine (Table 11)."""
+    """Share of hidden tokens: from `start` to 0 at the last step, along a cosine (Table 11)."""
     return start * 0.5 * (1 + math.cos(math.pi * step / max(1, steps - 1)))
 
 
-def mixing_of(args, num_classes):
-    """What the batches are mixed by: MixUp and CutMix, each where its alpha is not 0."""
-    from torchvision.transforms import v2  # where it is used: torchvision takes as long to load as torch
+def mix_clips(video, label, args):
+    """MixUp or CutMix of whole clips, one of them at random; also turns labels into targets.
 
-    kinds = (v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)
-    return [mix(alpha=alpha, num_classes=num_classes) for mix, alpha in kinds if alpha]
-
-
-def mix_clips(video, label, mixing, num_classes):
-    """MixUp or CutMix, one of them at random: (B, 3, T, H, W) floats, (B,) -> mixed clips, targets (B, num_classes)."""
-    if not mixing or len(video) == 1:
-        return video, F.one_hot(label, num_classes).float()
-    from torchvision import tv_tensors
-
-    mix = mixing[torch.randint(len(mixing), ()).item()]
-    frames, target = mix(tv_tensors.Video(video.transpose(1, 2)), label)  # torchvision's order: (B, T, 3, H, W)
+    (B, 3, T, H, W) floats, (B,) -> mixed clips, (B, num_classes).
+    """
+    kinds = [(v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)]
+    kinds = [(kind, alpha) for kind, alpha in kinds if alpha]
+    if not kinds or len(video) == args.repeat_aug:
+        return video, F.one_hot(label, args.num_classes).float()
+    kind, alpha = kinds[torch.randint(len(kinds), ())]
+    frames = tv_tensors.Video(video.transpose(1, 2))  # torchvision's order: (B, T, 3, H, W)
+    frames, target = kind(alpha=alpha, num_classes=args.num_classes)(frames, label)
     return frames.as_subclass(torch.Tensor).transpose(1, 2), target
 
 
-@torch.no_grad()
-def average_views(classifier, video, device, autocast=contextlib.nullcontext, most=32):
-    """Class probabilities averaged over the views of one video: uint8 (V, T, H, W, 3) -> (num_classes,) on the CPU."""
-    total = 0
-    for views in video.permute(0, 4, 1, 2, 3).split(most):
-        with autocast():
-            logits = classifier(views.to(device, non_blocking=True))
-        total = total + logits.float().softmax(1).sum(0)
-    return (total / len(video)).cpu()
+# ------------------------------------------------------------------------------------------ test
 
 
-def scores_of(classifier, videos, args, device, rank, world):
-    """The scores of every video, each once, whatever the number of processes.
+def predict(classifier, videos, args, views, most=32):
+    """Class probabilities of each video, averaged over its views, `most` of them at once.
 
-    Returns {index: (num_classes,)}, [(index, reason)] of videos that cannot be read.
+    Returns {index: (num_classes,)}, and {index: reason} of unreadable videos.
     """
+    device = classifier.cls_token.device
     classifier.eval()
-    views, autocast = data.Views(videos, args, args.views), m.autocast_of(args, device)
-    return data.each_once(
-        views, args, rank, world, lambda sample: average_views(classifier, sample["video"], device, autocast)
+
+    @torch.no_grad()
+    def average_views(sample):
+        total, video = 0, sample["video"].permute(0, 4, 1, 2, 3)  # (views, 3, T, H, W)
+        for clips in video.split(most):
+            with autocast(args, device):
+                logits = classifier(clips.to(device))
+            total = total + logits.float().softmax(1).sum(0)
+        return (total / len(video)).cpu()
+
+    return data.run_test(MultiViewDataset(videos, args, views), average_views)
+
+
+def test(classifier, videos, args, views):
+    """Multi-view test: top-1 and top-5 in %, as a dict. An unreadable video counts as wrong."""
+    scores, failures = predict(classifier, videos, args, views)
+    for index, reason in failures.items():
+        print_rank0(f"counted as wrong: {videos.path(index)}: {reason}")
+    ranks = []  # of the true class among the scores
+    for index, values in scores.items():
+        order = values.argsort(descending=True, stable=True).tolist()
+        ranks.append(order.index(videos.labels[index]))
+    top1, top5 = (100 * sum(rank < k for rank in ranks) / len(videos) for k in (1, 5))
+    return dict(top1=top1, top5=top5, videos=len(videos), unreadable=len(failures))
+
+
+def report(results, args):
+    """Print the results of a test with --views, and write them to results.json."""
+    results |= dict(views="{}x{}".format(*args.views), init=args.init)
+    print_rank0(
+        "top-1 {top1:.2f} %, top-5 {top5:.2f} %, {videos} videos x {views}".format(**results)
     )
-
-
-def test(classifier, videos, args, device, rank, world, classes):
-    """Multi-view test: prints and writes results.json. A video that cannot be read counts as wrong, and is reported.
-
-    Returns the results, on process 0.
-    """
-    scores, failures = scores_of(classifier, videos, args, device, rank, world)
-    if rank > 0:
-        return None
-    for index, reason in failures:
-        print(f"counted as wrong: {videos.path(index)}: {reason}")
-    order = {index: score.argsort(descending=True, stable=True).tolist() for index, score in scores.items()}
-    ranks = [ranking.index(videos.labels[index]) for index, ranking in order.items()]  # of the true class
-    shape = "x".join(map(str, args.views))
-    results = dict(
-        top1=100 * sum(place < 1 for place in ranks) / len(videos),
-        top5=100 * sum(place < 5 for place in ranks) / len(videos),
-        views=shape,
-        videos=len(videos),
-        unreadable=len(failures),
-        init=args.init,
-    )
-    out = Path(args.output_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(results, indent=1))
-    if args.save_scores and scores:
-        kept = dict(scores=torch.stack(list(scores.values())), labels=torch.from_numpy(videos.labels[list(scores)]))
-        kept |= dict(paths=[videos.path(index) for index in scores], class_names=classes)
-        torch.save(kept, out / "scores.pt")
-    print(f"top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} % on {len(videos)} videos, {shape} views each")
-    return results
-
-
-def restore(args):
-    """The classifier in --init and its class names or None; clips will be sampled as it was trained to see them."""
-
-    def from_elsewhere(args):
-        count = args.num_classes or CLASSES.get(args.dataset)
-        if not count:
-            raise m.InputError(f"{args.init}: not a checkpoint of this stage; --num_classes says how many it knows")
-        return config_of(args, count)
-
-    seen = "num_frames", "sampling_rate", "img_size", "segments", "views", "precision"
-    classifier, checkpoint = m.restore(args, m.Classifier, from_elsewhere, seen)
-    return classifier, checkpoint.get("class_names")
-
-
-def evaluate(args):
-    device, rank, world = m.start_process(args)
-    args.data = data.locate(args, rank, "kinetics")
-    classifier, classes = restore(args)
-    known = classes or classifier.head.out_features
-    videos = data.find_videos(args.data, "val", args.videos, need_labels=True, classes=known)
-    if videos.class_names and len(videos.class_names) != classifier.head.out_features:
-        raise m.InputError(
-            f"{videos.source}: {len(videos.class_names)} classes, the classifier has {classifier.head.out_features}"
-        )
-    test(classifier.to(device), videos, args, device, rank, world, classes)
-
-
-def predict(args):
-    device, _, _ = m.start_process(args)
-    classifier, classes = restore(args)
-    videos = data.VideoList("--predict", ".", args.predict)
-    scores, failures = scores_of(classifier.to(device), videos, args, device, 0, 1)
-    for index, reason in failures:
-        print(f"{args.predict[index]}: {reason}")
-    for index, score in scores.items():
-        print(f"{args.predict[index]}:")
-        for probability, i in zip(*(values.tolist() for values in score.topk(min(5, len(score))))):
-            print(f"  {probability:6.1%}  {classes[i] if classes else f'class {i}'}")
-    if failures:
-        raise m.InputError(f"{len(failures)} of {len(args.predict)} files are no videos that can be read")
+    if RANK == 0:
+        path = Path(args.output_dir, "results.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1))
 
 
 def main():
-    args, recipe = parse_args()
-    if args.predict:
-        predict(args)
-    elif args.eval:
-        evaluate(args)
-    else:
-        train(args, recipe)
+    args = parse_args()
+    if not (args.eval or args.predict):
+        return train(args)
+    device = start_process(args)
+    args.num_classes = args.num_classes or CLASSES.get(args.dataset)
+    if not args.num_classes:
+        raise InputError("--num_classes: how many does the classifier know?")
+    classifier = load_for_use(Classifier(**model_config(args)), args).to(device)
+    classes = args.class_names or args.num_classes
+    if args.eval:
+        data.locate_data(args, "kinetics")
+        videos = on_rank0(data.find_videos, args.data, "val", args.videos, classes)
+        return report(test(classifier, videos, args, args.views), args)
+    videos = VideoList("--predict", ".", args.predict)
+    scores, failures = predict(classifier, videos, args, args.views)
+    for index, values in scores.items():
+        print(f"{args.predict[index]}:")
+        for score, i in zip(*values.topk(min(5, len(values)))):
+            print(f"  {score:6.1%}  {args.class_names[i] if args.class_names else f'class {i}'}")
+    if failures:
+        reasons = "\n".join(f"{args.predict[i]} {failures[i]}" for i in failures)
+        raise InputError(f"{len(failures)} of {len(videos)} videos cannot be read: {reasons}")
 
 
 if __name__ == "__main__":
-    m.run_stage(main)
+    run_main(main)

@@ -1,221 +1,243 @@
-"""Stage 1: pre-train a masked autoencoder on unlabelled video (section 3; settings of Table 5a).
+"""Stage 1: pre-train a masked autoencoder on unlabelled video (section 3, Table 5a).
 
-    python mae_pretrain.py --dataset demo                     minutes on a laptop, on videos that are made here
-    torchrun --nproc_per_node 8 mae_pretrain.py               ViT-L on data/kinetics400: Table 5a as it stands
-    torchrun --nnodes 4 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 mae_pretrain.py --model vit_h
-    python mae_pretrain.py --data FOLDER --model vit_demo --epochs 40 --repeats 4 --batch_size 8 --lr 2e-3
-    python mae_pretrain.py --visualize a.mp4 b.mp4 --init runs/mae_pretrain_demo_vit_demo/checkpoint.pt
+    python mae_pretrain.py --dataset demo                       minutes on a laptop, no download
+    torchrun --nproc_per_node 8 mae_pretrain.py                 ViT-L on data/kinetics400, Table 5a
+    python mae_pretrain.py --visualize a.mp4 --init runs/mae_pretrain_demo_vit_demo/checkpoint.pt
 
-Epochs are effective: how often each video is sampled. A video that is opened gives 4 clips, so 800 epochs are 200
-passes over the list. A batch counts videos: 512 of them are 2048 clips a step. In the paper, 800 epochs of ViT-L on
-Kinetics-400 give 84.4 % after fine-tuning (Table 11). They are 192 million clips of 476 GFLOP, forward and backward:
-8 hours on 8 GPUs that each reach 400 TFLOP/s, if decoding keeps up.
+Epochs are effective, as in the paper: how often each video is sampled. A video that is opened gives
+4 clips, so 800 epochs read the list 200 times. Batches count videos: 512 of them are 2048 clips. In
+the paper, 800 epochs of ViT-L on Kinetics-400 give 84.4 % after fine-tuning (Table 11). They are
+192 million clips of 476 GFLOP, forward and backward: 8 hours on 8 GPUs of 400 TFLOP/s each.
 """
 
 import argparse
-import contextlib
 import functools
 import math
-from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.io import write_png
+from torchvision.utils import make_grid
 
 import data
-import model as m
+from data import Batches, ClipDataset, MultiViewDataset, VideoList, find_videos
+from model import (
+    MAE,
+    MASK_TYPES,
+    PIXEL_MEAN,
+    PIXEL_STD,
+    RANK,
+    RUN_FLAGS,
+    SIZES,
+    STOPPED,
+    WORLD,
+    InputError,
+    Run,
+    announce,
+    autocast,
+    compile_blocks,
+    cosine_decay,
+    count_flops,
+    fraction,
+    load_for_use,
+    make_optimizer,
+    make_parser,
+    normalize,
+    num_visible,
+    on_rank0,
+    parameter_groups,
+    parse_twice,
+    patchify,
+    positive_int,
+    resume,
+    run_main,
+    split_batch,
+    start_from_sines,
+    start_process,
+    unpatchify,
+)
 
-RECIPE = {  # Table 5a: Kinetics pre-training
-    "optimizer": torch.optim.AdamW,
-    "optimizer momentum": (0.9, 0.95),
-    "weight decay": 0.05,
-    "learning rate": 1.6e-3,
-    "learning rate schedule": m.cosine_decay,
-    "warmup epochs": 120,
-    "epochs": 800,
-    "repeated sampling": 4,
-    "augmentation": {"hflip": True, "crop": [0.5, 1.0]},
-    "batch size": 512,
-    "gradient clipping": 0.02,
-}
-DEMO_RECIPE = RECIPE | {  # vit_demo, minutes on two CPU cores: many small steps of many different videos
-    "learning rate": 2e-3,
-    "warmup epochs": 4,
-    "epochs": 48,
-    "repeated sampling": 1,  # clips of such short videos are much alike, and opening one costs little
-    "batch size": 32,
-    "gradient clipping": 1.0,
-}
-DECODERS = {"vit_demo": {"width": 64, "depth": 2}}  # every other model: 512 wide, 4 blocks (Table 12)
-MICRO_BATCH = {"vit_b": 32, "vit_l": 16, "vit_h": 8}  # videos that fit on a GPU of 80 GB with room to spare
+KINETICS = dict(  # Table 5a: Kinetics pre-training. Keys are flags, comments the table's words
+    optimizer="adamw",  # optimizer: AdamW
+    betas=[0.9, 0.95],  # optimizer momentum
+    weight_decay=0.05,  # weight decay
+    lr=1.6e-3,  # learning rate; its schedule: cosine decay
+    warmup_epochs=120,  # warmup epochs
+    epochs=800,  # epochs
+    repeat_aug=4,  # repeated sampling
+    hflip=True,  # augmentation: hflip,
+    crop_scale=[0.5, 1.0],  # crop [0.5, 1]
+    batch_size=512,  # batch size
+    clip_grad=0.02,  # gradient clipping
+)
+SSV2 = dict(hflip=False, segments=True)  # in place of these, as in fine-tuning: left is not right
+DEMO = KINETICS | dict(  # vit_demo, minutes on two CPU cores: many small steps of different videos
+    lr=2e-3,
+    warmup_epochs=4,
+    epochs=48,
+    repeat_aug=1,  # clips of such short videos are much alike, and opening one costs little
+    batch_size=32,
+    clip_grad=1.0,
+    img_size=32,
+    precision="fp32",  # matrices this small are slower in bf16
+    sine_positions=True,  # with random ones its loss sits on a plateau for most of these minutes
+    norm_pix_loss=False,  # in plain patches nearly all that counts is their mean
+    decoder_embed_dim=64,
+    decoder_depth=2,
+)
+MICRO_BATCH = {"vit_b": 32, "vit_l": 16, "vit_h": 8}  # videos that fit on a GPU of 80 GB
+MAY_DIFFER = RUN_FLAGS | {"data", "videos"}  # on resume
+
+
+def recipe_of(args):
+    recipe = DEMO if args.model == "vit_demo" else KINETICS
+    return recipe | SSV2 if args.dataset == "ssv2" else recipe
 
 
 def parse_args(argv=None):
-    parser = m.make_parser(__doc__, data.LAYOUTS)
-    data.add_arguments(parser)
-    data.add_sampling_arguments(parser)
-    add, switch = parser.add_argument, argparse.BooleanOptionalAction
-    add("--mask_ratio", type=float, default=0.9, help="share of tokens that are hidden, in [0, 1)")
-    add("--masking", choices=m.MASKINGS, default="agnostic", help="which tokens are hidden together (Figure 4)")
-    add("--norm_pix_loss", action=switch, help="normalise each target patch by its mean and deviation")
-    add("--target", choices=("slice", "tubelet"), default="slice", help="predict a tubelet's first frame, or all of it")
-    add("--decoder_width", type=int, help="Table 12b: 128, 256 or 512")
-    add("--decoder_depth", type=int, help="Table 12c: 1, 2, 4 or 8 blocks")
-    add("--decoder_heads", type=int, help="default: 64 wide each; later released files have 16 at width 512")
-    add("--visualize", nargs="+", metavar="VIDEO", help="do not train: draw what the model in --init reconstructs")
-
-    first = m.first_look(parser, argv)
-    dataset, size = first.dataset, first.model
-    recipe = DEMO_RECIPE if size == "vit_demo" else RECIPE
-    parser.set_defaults(
-        **m.defaults_of(recipe),
-        hflip=recipe["augmentation"]["hflip"] and dataset != "ssv2",
-        crop=recipe["augmentation"]["crop"],
-        segments=dataset == "ssv2",
-        norm_pix_loss=size != "vit_demo",  # in the demo's plain patches, nearly all that counts is their mean
-        decoder_width=DECODERS.get(size, {}).get("width", 512),
-        decoder_depth=DECODERS.get(size, {}).get("depth", 4),
+    parser, switch = make_parser(__doc__, data.LAYOUTS), argparse.BooleanOptionalAction
+    add = parser.add_argument_group("pre-training").add_argument
+    add("--mask_ratio", type=float, default=0.9, help="share of hidden tokens")
+    kinds = "agnostic = random, space-only = tube, time-only = frame, block-wise (Figure 4)"
+    add("--mask_type", choices=MASK_TYPES, default="agnostic", help=kinds)
+    add("--repeat_aug", type=positive_int, help="clips of a video that is opened")
+    add("--crop_scale", type=fraction, nargs=2, metavar=("MIN", "MAX"), help="area of a crop, of 1")
+    add(
+        "--segments",
+        action=switch,
+        default=False,
+        help="a frame from each of equal parts, as on SSv2",
     )
-    args = parser.parse_args(argv)
-    m.settle(args, recipe, "mae_pretrain", parser, argv)
-    if args.decoder_heads is None:
-        args.decoder_heads = max(1, args.decoder_width // 64)
-    if args.decoder_width % args.decoder_heads:
-        raise m.InputError(f"--decoder_heads {args.decoder_heads} does not divide --decoder_width {args.decoder_width}")
-    return args, recipe
+    add("--norm_pix_loss", action=switch, default=True, help="normalise each target patch")
+    add("--pred_t_dim", type=int, help="frames to predict; None: one of each tubelet")
+    add("--decoder_embed_dim", type=int, default=512, help="Table 12b: 128, 256 or 512")
+    add("--decoder_depth", type=int, default=4, help="Table 12c: 1, 2, 4 or 8 blocks")
+    add("--decoder_num_heads", type=int, help="None: 64 wide each")
+    add(
+        "--visualize", nargs="+", metavar="VIDEO", help="draw what the model in --init reconstructs"
+    )
+    return parse_twice(parser, "mae_pretrain", "kinetics400", recipe_of, argv)
 
 
-def config_of(args):
-    """The arguments of model.MAE that the command line describes."""
-    return m.SIZES[args.model] | dict(
+def model_config(args):
+    """The keywords of model.MAE."""
+    return SIZES[args.model] | dict(
         img_size=args.img_size,
         num_frames=args.num_frames,
-        decoder_embed_dim=args.decoder_width,
+        decoder_embed_dim=args.decoder_embed_dim,
         decoder_depth=args.decoder_depth,
-        decoder_num_heads=args.decoder_heads,
+        decoder_num_heads=args.decoder_num_heads or max(1, args.decoder_embed_dim // 64),
         norm_pix_loss=args.norm_pix_loss,
-        pred_t_dim=args.num_frames if args.target == "tubelet" else None,
-        masking=args.masking,
-        checkpoint_activations=bool(args.checkpoint_activations),
+        pred_t_dim=args.pred_t_dim,
+        mask_type=args.mask_type,
+        grad_checkpointing=args.grad_checkpointing,
     )
 
 
-def train(args, recipe):
-    device, rank, world = m.start_process(args)
-    out = Path(args.output_dir)
+def train(args):
+    device = start_process(args)
 
-    # Data
-    args.data = data.locate(args, rank, "unlabelled")
-    videos = held_out = data.find_videos(args.data, "train", args.videos)
-    if Path(args.data).is_dir():
-        try:
-            held_out = data.find_videos(args.data, "val", args.videos)
-        except m.InputError as error:
-            print(f"pictures will be of training videos: {error}")
-    steps, micro_batch, micro_steps = m.plan(args, videos, world, MICRO_BATCH.get(args.model))
+    # ---------------------------------------------------------------- data
+    data.locate_data(args, "unlabelled")
+    videos = on_rank0(find_videos, args.data, "train", args.videos)
+    steps, micro_batch, micro_steps = split_batch(args, len(videos), device, MICRO_BATCH)
 
-    # Model and optimizer, new or as the run left them
+    # --------------------------------------------------------------- model
     torch.manual_seed(args.seed)
-    config = config_of(args)
-    mae = m.MAE(**config)
-    m.num_visible(mae.grid, args.mask_ratio, args.masking)  # says what is wrong with a ratio before anything starts
-    optimizer, start = m.prepare(mae, recipe, args, device, videos)
-    ddp = m.parallel(mae, args, device, world)
-    autocast = m.autocast_of(args, device)
-    m.announce(args, mae, videos, device, world, steps, micro_batch)
+    config = model_config(args)
+    mae = MAE(**config)
+    num_visible(mae.grid, args.mask_ratio, args.mask_type)  # raises if the ratio is wrong
+    if args.sine_positions:
+        start_from_sines(mae)
+    mae.to(device)
+    if args.compile:
+        compile_blocks(mae)
+    ddp = DistributedDataParallel(mae, broadcast_buffers=False) if WORLD > 1 else mae
 
-    # Clips: each brings the noise that it is masked by
-    noise_of = functools.partial(m.masking_noise, mae.grid, args.mask_ratio, args.masking)
-    clips = data.Clips(videos, args, noise_of)
-    stream = data.Stream(len(videos), args.batch_size, micro_batch, rank, world, args.seed, start, steps)
-    batches = data.each(data.make_loader(clips, stream, args, device))
-    failures = data.Failures(out / "failures.log", videos, args.max_failures, start > 0)
-    log = m.Log(args, start, steps, videos, failures)
+    # ------------------------------------------------ optimizer and resume
+    groups = parameter_groups(mae, args.weight_decay, decay_positions=True)
+    optimizer = make_optimizer(args, groups)
+    start = resume(args, MAY_DIFFER, mae, optimizer, videos)
+    noise = torch.empty(1, math.prod(mae.grid), device="meta")
+    flops = count_flops(MAE, config, args.mask_ratio, noise)
+    announce(args, mae, videos, steps, micro_batch, flops)
 
-    for step in range(start, steps):
-        lr = recipe["learning rate schedule"](log.epoch(step), args.lr, args.warmup_epochs, args.epochs)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
+    # ---------------------------------------------------------------- loop
+    draw_noise = functools.partial(MASK_TYPES[args.mask_type], mae.grid, args.mask_ratio)
+    clips = ClipDataset(videos, args, draw_noise)
+    batches = Batches(clips, micro_batch, device, start, steps)
+    with Run(args, videos, batches, start, steps, flops) as run:
+        for step in range(start, steps):
+            lr = cosine_decay(run.epoch(step), args.lr, args.warmup_epochs, args.epochs)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["lr_scale"]
 
-        loss = torch.zeros((), device=device)
-        for micro_step in range(micro_steps):
-            batch = log.next(batches)
-            video, noise = (batch[name].to(device, non_blocking=True) for name in ("video", "noise"))
-            last = micro_step == micro_steps - 1  # only then do the processes exchange gradients
-            with contextlib.nullcontext() if last or world == 1 else ddp.no_sync():
-                with autocast():
-                    micro_loss, _, _ = ddp(video, args.mask_ratio, noise)
+            loss = torch.zeros((), device=device)
+            for micro_step in range(micro_steps):
+                batch = next(batches)
+                # DDP exchanges gradients at the last micro-batch only.
+                ddp.require_backward_grad_sync = micro_step == micro_steps - 1
+                with autocast(args, device):
+                    micro_loss, _, _ = ddp(batch["video"], args.mask_ratio, batch["noise"])
                 (micro_loss / micro_steps).backward()
-            loss += micro_loss.detach() / micro_steps
-        norm = torch.nn.utils.clip_grad_norm_(mae.parameters(), args.clip_grad or math.inf)
-        optimizer.step()
-        optimizer.zero_grad()
+                loss += micro_loss.detach() / micro_steps
+            grad_norm = torch.nn.utils.clip_grad_norm_(mae.parameters(), args.clip_grad or math.inf)
+            optimizer.step()
+            optimizer.zero_grad()
 
-        if log.step(loss, norm, lr=lr):
-            log.save(mae, optimizer, config=config)
-    log.close()
-    batches.close()  # its workers
+            run.record(loss, grad_norm)
+            if run.at_log_point():
+                run.log(lr=lr)  # raises if the loss is not finite
+            if run.save_due():
+                run.save(mae, optimizer, config)
+            if run.stopping:
+                break
+    if run.ended():
+        return STOPPED
 
-    if rank == 0:
-        shown = min(4, len(held_out))
-        paths = [held_out.path(i * len(held_out) // shown) for i in range(shown)]
-        visualize(mae, paths, out / "reconstructions", args, device)
-        print(f"{out}: checkpoint.pt, log.jsonl, args.json, reconstructions/")
-        print(f"next: python mae_pretrain.py --visualize VIDEO --init {out / 'checkpoint.pt'}")
-        labelled = "--dataset demo" if args.dataset == "demo" else f"--model {args.model} --data LABELLED_VIDEOS"
-        print(f"  or: python finetune_cls.py {labelled} --init {out / 'checkpoint.pt'}")
-
-
-# ------------------------------------------------------------------------------------------------------- pictures
+    # -------------------------------------------------------------- figure
+    if RANK == 0:
+        try:
+            videos = find_videos(args.data, "val", args.videos)
+        except InputError as error:
+            print(f"the pictures are of training videos: {str(error).splitlines()[0]}")
+        paths = [videos.path(i * len(videos) // 4) for i in range(min(4, len(videos)))]
+        visualize(mae, paths, run.out / "reconstructions", args, device)
+        print(f"next: python finetune_cls.py --init {run.out}/checkpoint.pt")
 
 
 @torch.no_grad()
 def reconstruct(mae, clip, mask_ratio):
-    """Original, masked input and reconstruction of one clip: uint8 (T, H, W, 3) -> three of (T', H', W', 3).
+    """Original, masked input and reconstruction: uint8 (T, H, W, 3) -> (3, T', 3, H', W').
 
-    T' counts the frames that are predicted. Visible patches are shown as they are. Where the model predicts normalised
-    patches, each is scaled back with the mean and deviation of the patch that it stands for.
+    T' counts the predicted frames. Visible patches are shown as they are. Normalised predictions
+    are scaled back with the mean and deviation of the true patch.
     """
     video = clip.permute(3, 0, 1, 2)[None]  # (1, 3, T, H, W)
     _, pred, mask = mae(video, mask_ratio)
-    truth = m.normalize(m.patchify(video, mae.patch_size, mae.t_patch_size)[..., : pred.shape[-1]])  # (1, N, p*p*3)
+    tubelets = patchify(video, mae.patch_size, mae.t_patch_size)
+    truth = normalize(tubelets[..., : pred.shape[-1]])  # (1, N, pred_frames*p*p*3)
     if mae.norm_pix_loss:
         var, mean = torch.var_mean(truth, dim=-1, keepdim=True)
         pred = pred * (var + 1e-6).sqrt() + mean
     hidden = mask[..., None] == 1
-    pictures = []
-    for tokens in (truth, truth.masked_fill(hidden, 0.0), torch.where(hidden, pred.float(), truth)):
-        pixels = m.unpatchify(tokens, mae.grid_of(video), mae.patch_size)[0].permute(1, 2, 3, 0)
-        pictures.append(((pixels * m.PIXEL_STD + m.PIXEL_MEAN) * 255).round().clamp(0, 255).byte().cpu())
-    return pictures
-
-
-def draw_figure(path, rows, caption):
-    """Write a PNG laid out as Figures 2 and 7: a row for each name of {name: (T, H, W, 3)}, time from left to right."""
-    T, H, W = next(iter(rows.values())).shape[:3]
-    zoom, gap, left = max(1, 96 // H), 2, 120
-    H, W = H * zoom + gap, W * zoom + gap
-    picture = Image.new("RGB", (left + T * W, len(rows) * H + 24), "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
-    for i, (name, frames) in enumerate(rows.items()):
-        draw.text((8, i * H + H // 2 - 10), name, "black", font)
-        for j, frame in enumerate(frames):
-            tile = Image.fromarray(frame.numpy()).resize((W - gap, H - gap), Image.Resampling.NEAREST)
-            picture.paste(tile, (left + j * W, i * H))
-    draw.text((8, len(rows) * H + 2), caption, "black", font)
-    picture.save(path)
+    shown = torch.cat([truth, truth.masked_fill(hidden, 0), torch.where(hidden, pred, truth)])
+    pixels = unpatchify(shown, mae.grid_of(video), mae.patch_size) * PIXEL_STD + PIXEL_MEAN
+    return (255 * pixels).round().clamp(0, 255).byte().transpose(1, 2).cpu()
 
 
 def visualize(mae, paths, out, args, device):
-    """For each video the clip in its middle as a PNG and an H.264 animation in `out`; names what cannot be drawn.
+    """Draw the clip in the middle of each video in `out`: a PNG laid out as Figure 2, and an
+    animation.
 
-    Returns how many cannot.
+    Rows, or columns of the animation: original, masked input, reconstruction. Returns how many
+    videos are unreadable.
     """
     mae.eval()
     out.mkdir(parents=True, exist_ok=True)
-    stems, failed = Counter(Path(path).stem for path in paths), 0
-    views = data.Views(data.VideoList("--visualize", ".", paths), args, (1, 1))
+    views, failed = MultiViewDataset(VideoList("--visualize", ".", paths), args, (1, 1)), 0
     for i, path in enumerate(paths):
         sample = views[i]
         if "failure" in sample:
@@ -224,32 +246,29 @@ def visualize(mae, paths, out, args, device):
             continue
         torch.manual_seed(data.stateless_seed(args.seed, i))  # of the mask
         pictures = reconstruct(mae, sample["video"][0].to(device), args.mask_ratio)
-        caption = f"{Path(path).name}: {args.mask_ratio:.0%} hidden ({mae.masking}). "
-        if mae.norm_pix_loss:
-            caption += "Predicted patches are scaled back with the mean and deviation of the true ones."
-        stem = Path(path).stem
-        name = out / (stem if stems[stem] == 1 else f"{stem}_{i}")
-        draw_figure(f"{name}.png", dict(zip(("original", "masked", "reconstruction"), pictures)), caption)
-        span = max(1, args.sampling_rate) * args.num_frames  # of the clip, in 30ths of a second
-        zoom, fps = max(1, 240 // args.img_size), Fraction(data.FPS * len(pictures[0]), span)
-        strip = torch.cat(pictures, 2).numpy().repeat(zoom, 1).repeat(zoom, 2)  # side by side
-        data.write_video(f"{name}.mp4", strip, fps)
-        print(f"{name}.png, {name}.mp4")
+        zoom = max(1, 96 // args.img_size)
+        pictures = pictures.repeat_interleave(zoom, 3).repeat_interleave(zoom, 4)
+        T = pictures.shape[1]
+        name = out / f"{i}_{Path(path).stem}"
+        grid = make_grid(pictures.flatten(0, 1), nrow=T, pad_value=255)
+        write_png(grid, f"{name}.png")
+        fps = Fraction(data.FPS * T, max(1, args.sampling_rate) * args.num_frames)
+        data.write_video(f"{name}.mp4", torch.cat(list(pictures), 3).permute(0, 2, 3, 1), fps)
+        hidden = f"{args.mask_ratio:.0%} {args.mask_type}"
+        print(f"{name}.png, .mp4: original, masked ({hidden}), reconstruction")
     return failed
 
 
 def main():
-    args, recipe = parse_args()
+    args = parse_args()
     if not args.visualize:
-        return train(args, recipe)
-    device, _, _ = m.start_process(args)
-    seen = "num_frames", "sampling_rate", "img_size", "segments", "mask_ratio", "masking"
-    mae, _ = m.restore(args, m.MAE, config_of, seen)
-    mae.masking = args.masking
-    failed = visualize(mae.to(device), args.visualize, Path(args.output_dir) / "visualize", args, device)
+        return train(args)
+    device = start_process(args)
+    mae = load_for_use(MAE(**model_config(args)), args).to(device)
+    failed = visualize(mae, args.visualize, Path(args.output_dir), args, device)
     if failed:
-        raise m.InputError(f"{failed} of {len(args.visualize)} files are no videos that can be read")
+        raise InputError(f"{failed} of {len(args.visualize)} files are no videos that can be read")
 
 
 if __name__ == "__main__":
-    m.run_stage(main)
+    run_main(main)

@@ -5,31 +5,7 @@
     python tests/benchmark.py data [VIDEO ...]         loading, on one core, against decoding alone
     python tests/benchmark.py plan --gpus 8            what whole runs take: hours, and cores to decode with
 
-What was tried for speed, and what it gave (2 CPU cores with AVX-512 bf16, unless another machine is named):
-
-    tubelets instead of Conv3d       embed only what is visible: a masked ViT-B fine-tuning step is 5.2 x faster at 0.75;
-                                     a convolution over all pixels, then dropping, costs the same embedding at any ratio
-    crop + scale + RGB in one pass   libswscale per wanted frame: a 16-frame clip of 224 takes 5 ms; whole frames to RGB
-                                     and resizing in torch took 4 to 8 times as long
-    TorchCodec instead of PyAV       stays out: version 0.17, on one core, with torchvision's crop and resize, takes 1.0 times
-                                     as long for one clip of a 340 x 256 video with GOP 250, 1.3 times for four; 1.2 to
-                                     1.3 times with GOP 12; 1.0 to 1.5 times at 854 x 480
-    skip_frame NONREF                frames that are neither wanted nor referred to are not decoded: 25-30 % less time on
-                                     H.264 with B-frames
-    torchvision loaded where used    --help in 2.3 s instead of 3.7 s: importing it loads torch._dynamo
-    mirrored in the same pass        "augment" of 4 Kinetics-size clips takes 10.7 ms instead of 14.8: 86 % of the floor,
-                                     not 80
-    one generator seeded a clip      torch.manual_seed also notes a stack trace for each device that is not in use:
-                                     a 32 x 32 demo clip in 1.4 ms instead of 1.7
-    half the cores for vit_demo      one thread and one worker on two cores: 315 clips/s instead of 255 to 270; where other
-                                     programs run beside it, 190 clips/s instead of 9: OpenMP's threads wait for one another
-    fp32 for vit_demo                its matrices are too small for bf16 on a CPU: fine-tuning 73 clips/s instead of 53
-    GELU computed twice              stays out: 6 % less memory of a ViT-B step, no slower; inductor does it by itself
-    glibc keeping what is freed      model.keep_freed_memory: a ViT-B step in fp32 takes 7.7 s instead of 10.3, as the kernel
-                                     clears fewer pages, and 2.77 GiB instead of 2.71; with N x N attention, 10.8 s instead
-                                     of 17.0, and 6.2 GiB instead of 4.4: what is freed does not always fit (AMD EPYC)
-    huge pages for tensors           stays out: THP_MEM_ALLOC_ENABLE=1 saves two page faults in three, and no time that
-                                     shows: 5.3 to 6.4 s a ViT-B step in fp32, against 5.4 to 7.1
+What was tried for speed, and what it gave, stands in tests/RESULTS.md.
 """
 
 import argparse
@@ -54,6 +30,7 @@ import finetune_cls
 import mae_pretrain
 import model as m
 
+DEMO_CLIP = {"vit_demo": dict(img_size=32)}
 RATIOS = 0, 0.5, 0.75, 0.9, 0.95
 
 
@@ -75,7 +52,10 @@ def synchronize(device):
 
 def matrix_rate(device, precision):
     """FLOP/s of large square matrix products, kept up as long as steps take: the limit these are measured against."""
-    n, dtype = (8192 if device.type == "cuda" else 2048), torch.bfloat16 if precision == "bf16" else torch.float32
+    n, dtype = (
+        (8192 if device.type == "cuda" else 2048),
+        torch.bfloat16 if precision == "bf16" else torch.float32,
+    )
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     a @ b
     synchronize(device)
@@ -92,10 +72,14 @@ def matrix_rate(device, precision):
 
 def build(task, size, device="cpu", again=False):
     """The model of a stage, and a function of (video, mask_ratio, noise) that gives its loss."""
-    config = m.SIZES[size] | {"checkpoint_activations": again}
+    config = m.SIZES[size] | DEMO_CLIP.get(size, {}) | {"grad_checkpointing": again}
     with torch.device(device):
         if task == "pretrain":
-            decoder = dict(decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=1) if size == "vit_demo" else {}
+            decoder = (
+                dict(decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=1)
+                if size == "vit_demo"
+                else {}
+            )
             mae = m.MAE(**config, **decoder)
             return mae, lambda net, video, ratio, noise: net(video, ratio, noise)[0]
         classifier = m.Classifier(400, **config).train()
@@ -118,14 +102,17 @@ def step_flops(task, size, ratio):
 
 def matrix_attention(self, x, grid=None):
     """Attention as it was before flash kernels: the N x N matrices of all heads are held, and kept to go backward."""
-    q, k, v = (f(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+    q, k, v = self.project(x)
     weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)  # (B, heads, N, N)
     return self.proj((weights @ v).transpose(1, 2).flatten(2))
 
 
-def run_step(task, size, ratio, clips, device, precision, compiled=False, attention=None, again=False):
+def run_step(
+    task, size, ratio, clips, device, precision, compiled=False, attention=None, again=False
+):
     """Time forward + backward + optimizer; in a process of its own, whose memory tells. Prints nothing: a dict."""
-    device, _, _ = m.start_process(argparse.Namespace(device=device, model=size))
+    settings = argparse.Namespace(device=device, model=size, precision=precision, compile=compiled)
+    device = m.start_process(settings)
     if attention == "N x N":
         m.Attention.forward = matrix_attention
     rate = matrix_rate(device, precision)
@@ -133,10 +120,13 @@ def run_step(task, size, ratio, clips, device, precision, compiled=False, attent
     model, loss_of = build(task, size, device, again)
     optimizer = torch.optim.AdamW(m.parameter_groups(model, 0.05), lr=1e-5, fused=True)
     if compiled:
-        model.compile()
+        m.compile_blocks(model)
     side, frames = model.grid[1] * model.patch_size, model.grid[0] * model.t_patch_size
     video = torch.randint(0, 256, (clips, frames, side, side, 3), dtype=torch.uint8, device=device)
-    video, noise = video.permute(0, 4, 1, 2, 3), torch.rand(clips, int(np.prod(model.grid)), device=device)
+    video, noise = (
+        video.permute(0, 4, 1, 2, 3),
+        torch.rand(clips, int(np.prod(model.grid)), device=device),
+    )
 
     def step():
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -180,8 +170,13 @@ def masked_schedule(times, start, steps=1000):
 
 def benchmark_step(args):
     setting = dict(device=args.device, precision=args.precision, compiled=args.compile)
-    print(f"{args.model}, {args.clips} clips, {args.precision} on {args.device}{', compiled' if args.compile else ''}")
-    print(f"{'forward + backward + optimizer':34}{'step':>11}{'clips/s':>9}{'memory':>13}{'GFLOP/clip':>12}", end="")
+    print(
+        f"{args.model}, {args.clips} clips, {args.precision} on {args.device}{', compiled' if args.compile else ''}"
+    )
+    print(
+        f"{'forward + backward + optimizer':34}{'step':>11}{'clips/s':>9}{'memory':>13}{'GFLOP/clip':>12}",
+        end="",
+    )
     print("  matrix TFLOP/s   share")
     times = {}
     for ratio in args.ratios:
@@ -190,48 +185,67 @@ def benchmark_step(args):
         flops = step_flops("pretrain", args.model, ratio)
         report(f"pre-train, {ratio:.0%} masked", flops, args.clips, row)
         if ratio == 0.9:
-            matrix = alone(run_step, "pretrain", args.model, ratio, args.clips, attention="N x N", **setting)
+            matrix = alone(
+                run_step, "pretrain", args.model, ratio, args.clips, attention="N x N", **setting
+            )
             report("  with N x N attention", flops, args.clips, matrix)
-            again = alone(run_step, "pretrain", args.model, ratio, args.clips, again=True, **setting)
-            report("  with --checkpoint_activations", flops, args.clips, again)
+            again = alone(
+                run_step, "pretrain", args.model, ratio, args.clips, again=True, **setting
+            )
+            report("  with --grad_checkpointing", flops, args.clips, again)
             both = ", ".join(f"{r['memory'] / matrix['memory']:.2f}" for r in (row, again))
-            print(f"  memory, as a share of N x N attention's, and so with --checkpoint_activations: {both}")
+            print(
+                f"  memory, as a share of N x N attention's, and so with --grad_checkpointing: {both}"
+            )
     if 0 in times and 0.9 in times:
-        print(f"90 % masked is {times[0] / times[0.9]:.1f} x faster than none (paper: 4.1; bar for ViT-L: 4.5)")
+        print(
+            f"90 % masked is {times[0] / times[0.9]:.1f} x faster than none (paper: 4.1; bar for ViT-L: 4.5)"
+        )
     if args.finetune:
         times = {}
         for ratio in (0, 0.25, 0.5, 0.75):
             row = alone(run_step, "finetune", args.model, ratio, args.clips, **setting)
             times[ratio] = row["seconds"]
-            report(f"fine-tune, {ratio:.0%} masked", step_flops("finetune", args.model, ratio), args.clips, row)
+            report(
+                f"fine-tune, {ratio:.0%} masked",
+                step_flops("finetune", args.model, ratio),
+                args.clips,
+                row,
+            )
         for start, paper in ((0.5, 1.2), (0.75, 1.3)):
             gain = times[0] / masked_schedule(times, start)
-            print(f"whole fine-tuning, masked from {start:.0%} to 0: {gain:.2f} x (Table 11: {paper})")
+            print(
+                f"whole fine-tuning, masked from {start:.0%} to 0: {gain:.2f} x (Table 11: {paper})"
+            )
 
 
 # --------------------------------------------------------------------------------------------------------------- data
 
 
-def kinetics_video(path, gop, length=10, height=256, width=340):
-    """A video of the size that Kinetics is kept in: H.264, 30 frames a second, a drifting texture with noise."""
-    rng = np.random.RandomState(0)
+KINETICS_FILES = {  # options of x264; the last is what the README prepares videos with
+    "kinetics_gop250": {"crf": "23", "g": "250", "preset": "medium"},
+    "kinetics_gop12": {"crf": "23", "g": "12", "preset": "medium"},
+    "prepared": {"crf": "23", "g": "30", "tune": "fastdecode"},
+}
+
+
+def kinetics_video(folder, name, length=10, height=256, width=340):
+    """A video as Kinetics is kept: H.264, 30 frames a second, a drifting texture with noise."""
+    rng, path = np.random.RandomState(0), Path(folder) / f"{name}.mp4"
     y, x = np.mgrid[:height, :width].astype(np.float32)
     noise = rng.normal(0, 6, (8, height, width, 1))
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=30, options={"crf": "23", "g": str(gop), "preset": "medium"})
+        stream = container.add_stream("libx264", rate=30, options=KINETICS_FILES[name])
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         for t in range(30 * length):
-            waves = [np.sin((x * np.cos(a) + y * np.sin(a)) / s + t / 9) for a, s in ((0.3, 9), (1.2, 23), (2.2, 41))]
-            picture = 128 + 35 * np.stack(waves, -1) + noise[t % 8]
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture.clip(0, 255).astype(np.uint8))))
+            waves = [
+                np.sin((x * np.cos(a) + y * np.sin(a)) / s + t / 9)
+                for a, s in ((0.3, 9), (1.2, 23), (2.2, 41))
+            ]
+            picture = (128 + 35 * np.stack(waves, -1) + noise[t % 8]).clip(0, 255)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture.astype(np.uint8))))
         container.mux(stream.encode(None))
     return path
-
-
-def times_of(args, duration, repeats, seed):
-    videos = data.VideoList("benchmark", ".", ["x"])
-    clips = data.Clips(videos, argparse.Namespace(**vars(args) | {"repeats": repeats}))
-    return np.concatenate([clips.times(duration, data.stateless_seed(seed, repeat)) for repeat in range(repeats)])
 
 
 def decode_floor(path, times):
@@ -239,7 +253,9 @@ def decode_floor(path, times):
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
-        first, last = (int((stream.start_time or 0) + t / stream.time_base) for t in (times.min(), times.max()))
+        first, last = (
+            int((stream.start_time or 0) + t / stream.time_base) for t in (times.min(), times.max())
+        )
         container.seek(max(first, 0), stream=stream)
         for packet in container.demux(stream):
             for frame in packet.decode():
@@ -251,7 +267,9 @@ def plain_loader(path, times, size, boxes):
     """What a straightforward loader does: decode every frame to RGB, pick, crop and resize in torch."""
     with av.open(str(path)) as container:
         container.streams.video[0].codec_context.thread_count = 1
-        frames = [(float(f.time or 0), f.to_ndarray(format="rgb24")) for f in container.decode(video=0)]
+        frames = [
+            (float(f.time or 0), f.to_ndarray(format="rgb24")) for f in container.decode(video=0)
+        ]
     stamps = np.array([time for time, _ in frames])
     chosen = data.nearest(stamps, times)
     clips = []
@@ -284,19 +302,20 @@ def count_decoded(path, times):
 def benchmark_data(args):
     torch.set_num_threads(1)
     settings = {
-        "pre-train": mae_pretrain.parse_args(["--model", "vit_b", "--data", "x"])[0],
-        "fine-tune": finetune_cls.parse_args(["--model", "vit_b", "--data", "x"])[0],
+        "pre-train": mae_pretrain.parse_args(["--model", "vit_b", "--data", "x"]),
+        "fine-tune": finetune_cls.parse_args(["--model", "vit_b", "--data", "x"]),
     }
     rates = {}
     with tempfile.TemporaryDirectory() as folder:
         paths = list(args.videos)
         if not paths:
             demo = Path(folder) / "demo.mp4"
-            data.write_video(demo, data.draw_demo_video("disc", "slides", 0), 15)
-            paths = [demo, *(kinetics_video(f"{folder}/kinetics_gop{gop}.mp4", gop) for gop in (250, 12))]
+            data.write_video(demo, data.draw_scene(0, [("disc", "slides", 0.5)], (14.5, 18))[0], 15)
+            paths = [demo, *(kinetics_video(folder, name) for name in KINETICS_FILES)]
         print("one core; times in ms for one opening of the file, the fastest of several")
         print(
-            f"{'':26}{'stage':>10}{'samples':>9}{'floor':>8}{'decode':>8}{'to RGB':>8}{'augment':>9}{'all':>8}", end=""
+            f"{'':26}{'stage':>10}{'samples':>9}{'floor':>8}{'decode':>8}{'to RGB':>8}{'augment':>9}{'all':>8}",
+            end="",
         )
         print(f"{'clips/s':>9}{'of floor':>10}{'plain loader':>14}{'twice':>7}")
         for path in paths:
@@ -311,9 +330,10 @@ def benchmark_data(args):
 
 def one_row(path, stage, args, repeats, duration):
     """Measure one line of the table; returns clips/s and the ratio to the floor."""
-    args = argparse.Namespace(**vars(args) | {"repeats": repeats})
-    rand_augment = args.rand_augment if stage == "fine-tune" else None
-    clips = data.Clips(data.VideoList("benchmark", "/", [str(Path(path).resolve())]), args, None, rand_augment)
+    args = argparse.Namespace(**vars(args) | {"repeat_aug": repeats})
+    augment = finetune_cls.augmentation(args) if stage == "fine-tune" else None
+    videos = data.VideoList("benchmark", "/", [str(Path(path).resolve())])
+    clips = data.ClipDataset(videos, args, None, augment)
     spent = dict.fromkeys(("floor", "decode", "to RGB", "all", "plain"), 0.0)
     twice = 0
     draws = 3  # several draws of times and crops: their mean is reported, each the fastest of several calls
@@ -333,7 +353,9 @@ def one_row(path, stage, args, repeats, duration):
         jobs = {
             "floor": lambda times=times: decode_floor(path, times),
             "decode": decode,
-            "to RGB": lambda g=groups, b=boxes: [data.to_clip(f, (args.img_size,) * 2, x) for f, x in zip(g, b)],
+            "to RGB": lambda g=groups, b=boxes: [
+                data.to_clip(f, (args.img_size,) * 2, x) for f, x in zip(g, b)
+            ],
             "all": lambda epoch=epoch: clips.load(0, epoch),
             "plain": lambda t=times, b=boxes: plain_loader(path, t, (args.img_size,) * 2, b),
         }
@@ -353,75 +375,104 @@ def one_row(path, stage, args, repeats, duration):
 
 # --------------------------------------------------------------------------------------------------------------- plan
 
-SIZES_OF_SETS = {"Kinetics-400": 240_000, "SSv2": 169_000, "AVA": 184_000}  # videos, or keyframes, to train on
+SIZES_OF_SETS = {
+    "Kinetics-400": 240_000,
+    "SSv2": 169_000,
+    "AVA": 184_000,
+}  # videos, or keyframes, to train on
+
+
+RECIPES = [  # stage, sizes, recipe, data set, mask ratio
+    ("pre-train", ("vit_b", "vit_l", "vit_h"), mae_pretrain.KINETICS, "Kinetics-400", 0.9),
+    ("fine-tune", ("vit_b", "vit_l", "vit_h"), finetune_cls.KINETICS, "Kinetics-400", 0),
+    ("fine-tune", ("vit_l", "vit_h"), finetune_cls.SSV2, "SSv2", 0),
+    ("detect", ("vit_l", "vit_h"), finetune_ava.AVA, "AVA", 0),
+]
 
 
 def benchmark_plan(args):
-    """Hours of each recipe: clips x FLOPs over what the GPUs reach, and the cores that keep them fed."""
-    recipes = [
-        ("pre-train", size, mae_pretrain.RECIPE, "Kinetics-400", "pretrain", 0.9)
-        for size in ("vit_b", "vit_l", "vit_h")
-    ]
-    recipes += [
-        ("fine-tune", size, finetune_cls.KINETICS, "Kinetics-400", "finetune", 0)
-        for size in ("vit_b", "vit_l", "vit_h")
-    ]
-    recipes += [("fine-tune", size, finetune_cls.SSV2, "SSv2", "finetune", 0) for size in ("vit_l", "vit_h")]
-    recipes += [("detect", size, finetune_ava.AVA, "AVA", "finetune", 0) for size in ("vit_l", "vit_h")]
-    reached = {}
-    for task, ratio in (("pretrain", 0.9), ("finetune", 0)):
-        if args.tflops:
-            reached[task] = args.tflops * 1e12
-        else:
-            row = alone(run_step, task, args.model, ratio, args.clips, args.device, args.precision, args.compile)
-            reached[task] = step_flops(task, args.model, ratio) * args.clips / row["seconds"]
-            print(f"{args.model} {task}: {reached[task] / 1e12:.3f} TFLOP/s reached on this {args.device}")
+    """Hours of each recipe: clips x FLOPs over what the GPUs reach, and cores that keep them fed."""
+    reached, loading = {}, {}
+    for stage, task, ratio in ("pre-train", "pretrain", 0.9), ("fine-tune", "finetune", 0):
+        reached[stage] = (args.tflops or 0) * 1e12
+        if not args.tflops:
+            setting = args.clips, args.device, args.precision, args.compile
+            row = alone(run_step, task, args.model, ratio, *setting)
+            reached[stage] = step_flops(task, args.model, ratio) * args.clips / row["seconds"]
+        print(f"{args.model} {stage}: {reached[stage] / 1e12:.3f} TFLOP/s on this {args.device}")
+    print("loading, one core (columns as in `data`):")
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        path, loading = kinetics_video(f"{folder}/kinetics_gop250.mp4", 250), {}
-        torch.set_num_threads(1)
-        print("loading, one core (columns as in `data`):")
-        for stage, parse, repeats in (("pre-train", mae_pretrain, (4,)), ("fine-tune", finetune_cls, (1, 2))):
-            stage_args = parse.parse_args(["--model", "vit_b", "--data", "x"])[0]
-            for n in repeats:
-                loading[stage, n] = one_row(path, stage, stage_args, n, 10.0)[0]
-    print(f"\n{args.gpus} GPUs, each at the rate above; a core of this machine decodes")
-    print(f"{'recipe':42}{'epochs':>8}{'M clips':>9}{'GFLOP/clip':>12}{'hours':>9}{'cores a GPU':>13}")
-    for stage, size, table, name, task, ratio in recipes:
-        row = m.column("", table, size)
-        repeats = row.get("repeated sampling", 1)
-        clips, flops = SIZES_OF_SETS[name] * row["epochs"], step_flops(task, size, ratio)
-        per_gpu = reached[task] / flops  # clips/s
-        hours = clips / per_gpu / args.gpus / 3600
-        cores = per_gpu / loading["pre-train" if stage == "pre-train" else "fine-tune", repeats]
-        text = f"{stage} {size} on {name}"
-        print(f"{text:42}{row['epochs']:8}{clips / 1e6:9.1f}{flops / 1e9:12.0f}{hours:9.1f}{cores:13.1f}")
+        for name in ("kinetics_gop250", "prepared"):
+            path = kinetics_video(folder, name)
+            for parse, repeats in (mae_pretrain, 4), (finetune_cls, 1), (finetune_cls, 2):
+                stage_args = parse.parse_args(["--model", "vit_b", "--data", "x"])
+                stage = "pre-train" if parse is mae_pretrain else "fine-tune"
+                loading[name, stage, repeats] = one_row(path, stage, stage_args, repeats, 10.0)[0]
+    print(f"\n{args.gpus} GPUs at this rate; cores of this machine that load for one GPU:")
+    print(f"{'recipe':32}{'epochs':>8}{'M clips':>9}{'GFLOP/clip':>12}{'hours':>7}", end="")
+    print(f"{'GOP 250':>9}{'prepared':>10}")
+    for stage, sizes, table, name, ratio in RECIPES:
+        for size in sizes:
+            row, kind = m.column(table, size), stage if stage == "pre-train" else "fine-tune"
+            flops = step_flops("pretrain" if ratio else "finetune", size, ratio)
+            clips, speed = SIZES_OF_SETS[name] * row["epochs"], reached[kind] / flops  # clips/s
+            cores = [
+                speed / loading[file, kind, row.get("repeat_aug", 1)]
+                for file in ("kinetics_gop250", "prepared")
+            ]
+            text, hours = f"{stage} {size} on {name}", clips / speed / args.gpus / 3600
+            print(
+                f"{text:32}{row['epochs']:8}{clips / 1e6:9.1f}{flops / 1e9:12.0f}{hours:7.1f}",
+                end="",
+            )
+            print(f"{cores[0]:9.1f}{cores[1]:10.1f}")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    cuda = torch.cuda.is_available()
-    best = "bf16" if m.has_bf16(torch.device("cuda" if cuda else "cpu")) else "fp32"
-    for name, function in {"step": benchmark_step, "data": benchmark_data, "plan": benchmark_plan}.items():
+    here = argparse.Namespace(device=None, model=None, precision=None, compile=None)
+    device = m.start_process(here).type
+    for name, function in {
+        "step": benchmark_step,
+        "data": benchmark_data,
+        "plan": benchmark_plan,
+    }.items():
         command = commands.add_parser(name, help=function.__doc__)
         command.set_defaults(function=function)
         if name == "data":
             command.add_argument(
-                "videos", nargs="*", metavar="VIDEO", help="default: the demo's, and of Kinetics' size"
+                "videos",
+                nargs="*",
+                metavar="VIDEO",
+                help="default: the demo's, and of Kinetics' size",
             )
-            command.add_argument("--repeats", type=int, nargs="+", default=(1, 2, 4), help="clips of one opening")
+            command.add_argument(
+                "--repeats", type=int, nargs="+", default=(1, 2, 4), help="clips of one opening"
+            )
             continue
         command.add_argument("--model", choices=m.SIZES, default="vit_b")
-        command.add_argument("--device", default="cuda" if cuda else "cpu")
-        command.add_argument("--precision", choices=("fp32", "bf16"), default=best)
+        command.add_argument("--device", default=device)
+        command.add_argument("--precision", choices=("fp32", "bf16"), default=here.precision)
         command.add_argument("--clips", type=int, default=4, help="clips in a step")
         command.add_argument("--compile", action="store_true", help="torch.compile the model")
         if name == "step":
-            command.add_argument("--ratios", type=float, nargs="+", default=RATIOS, help="mask ratios to pre-train at")
+            command.add_argument(
+                "--ratios",
+                type=float,
+                nargs="+",
+                default=RATIOS,
+                help="mask ratios to pre-train at",
+            )
             command.add_argument("--finetune", action=argparse.BooleanOptionalAction, default=True)
         else:
             command.add_argument("--gpus", type=int, default=8)
-            command.add_argument("--tflops", type=float, help="what a GPU reaches; default: what this device does")
+            command.add_argument(
+                "--tflops", type=float, help="what a GPU reaches; default: what this device does"
+            )
     args = parser.parse_args()
     args.function(args)
 

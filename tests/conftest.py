@@ -1,8 +1,19 @@
-"""What several tests need: small videos, made once."""
+"""What several tests need: small videos, made once, and ways to run a stage: here, or in processes of its own."""
 
 import csv
+import importlib
+import itertools
+import json
+import multiprocessing
 import os
+import random
+import runpy
 import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,16 +21,23 @@ import av
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 import data
+import model
 
-SHARED_VIDEOS = Path(__file__).parents[2] / "shared" / "videos"
+ROOT = Path(__file__).parents[1]
+SHARED_VIDEOS = ROOT.parent / "shared" / "videos"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # figures are compared on the CPU
+tqdm.monitor_interval = 0  # its thread would be lost in a fork
 
 
-def encode(path, frames, rate=30, codec="libx264", pix_fmt="yuv420p", options=None, times=None, start=0):
-    """Write frames (T, H, W, 3) with any codec, at any time stamps (in units of 1/rate), to any container."""
-    with av.open(str(path), "w", options={"avoid_negative_ts": "disabled"} if start else {}) as container:
+def encode(
+    path, frames, rate=30, codec="libx264", pix_fmt="yuv420p", options=None, times=None, start=0
+):
+    """Write frames (T, H, W, 3) with any codec, at any time stamps (in 1/rate s), to any container."""
+    shift = {"avoid_negative_ts": "disabled"} if start else {}
+    with av.open(str(path), "w", options=shift) as container:
         stream = container.add_stream(codec, rate=rate, options=options or {})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = pix_fmt
@@ -37,25 +55,25 @@ def noise_frames(n, height=48, width=64, seed=0):
     """Frames that differ, smooth enough to code well: (n, height, width, 3)."""
     rng = np.random.RandomState(seed)
     small = rng.randint(0, 256, (n, 6, 8, 3))
-    return small.repeat(-(-height // 6), 1).repeat(-(-width // 8), 2)[:, :height, :width].astype(np.uint8)
+    large = small.repeat(-(-height // 6), 1).repeat(-(-width // 8), 2)
+    return large[:, :height, :width].astype(np.uint8)
 
 
 @pytest.fixture(autouse=True)
 def process():
-    """A run leaves its handlers, for processes that are forked later, and its number of threads: both are put back."""
+    """Put back what a run changes in its process: signal handlers and the number of threads."""
     threads = torch.get_num_threads()
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)}
+    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGCHLD
+    before = {number: signal.getsignal(number) for number in numbers}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="session")
-def demo(tmp_path_factory):
-    """A small demo data set in the official layout: 8 videos to train on, 2 to validate."""
-    folder = tmp_path_factory.mktemp("demo")
-    for split, count in {"train": 8, "val": 2}.items():
+def make_videos(folder, counts):
+    """Demo videos in the official layout of Kinetics; their classes are the first shapes."""
+    for split, count in counts.items():
         (folder / split).mkdir()
         with open(folder / f"{split}.csv", "w", newline="") as file:
             rows = csv.writer(file)
@@ -63,6 +81,296 @@ def demo(tmp_path_factory):
             for i in range(count):
                 shape, motion = data.DEMO_SHAPES[i], data.DEMO_MOTIONS[i % 6]
                 path = folder / split / f"{split}{i}_000005_000008.mp4"
-                data.write_video(path, data.draw_demo_video(shape, motion, i), 15)
+                seed = i + 100 * (split == "val")
+                frames, _ = data.draw_scene(seed, [(shape, motion, 0.5)], radius=(14.5, 18))
+                data.write_video(path, frames, data.DEMO_FPS)
                 rows.writerow([shape, f"{split}{i}", 5, 8, split])
     return folder
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """8 videos of 8 classes to train on, 2 to validate."""
+    return make_videos(tmp_path_factory.mktemp("demo"), {"train": 8, "val": 2})
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """12 videos of 8 classes to train on, in train.txt, and 1 to test on; AVA's files in ava/.
+
+    Of the boxes detected in AVA's training movies a third each has a score above, at and below 0.8.
+    """
+    folder = tmp_path_factory.mktemp("folder")
+    for split, count in {"train": 12, "val": 1}.items():
+        for i in range(count):
+            shape, motion = data.DEMO_SHAPES[i % 8], data.DEMO_MOTIONS[i % 6]
+            frames, _ = data.draw_scene(i, [(shape, motion, 0.5)], radius=(14.5, 18))
+            data.write_video(folder / f"{split}{i}.mp4", frames, 15)
+        lines = [f"{split}{i}.mp4 {i % 8}\n" for i in range(count)]
+        (folder / f"{split}.txt").write_text("".join(lines))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(data.DEMO_VIDEOS, "ava", dict(train=6, val=1))
+        data.make_demo_ava("ava", folder / "ava")
+    file = folder / "ava" / "annotations" / "ava_detection_train_boxes_and_labels.csv"
+    lines, scores = file.read_text().splitlines(), itertools.cycle([0.95, 0.8, 0.79])
+    file.write_text("".join(f"{line.rpartition(',')[0]},{next(scores)}\n" for line in lines))
+    (file.parent / "ava_train_excluded_timestamps_v2.2.csv").write_text("train0000,0903\n")
+    return folder
+
+
+# ------------------------------------------------------------------------------------- the stages
+
+SMALL = (
+    "--model vit_demo --img_size 24 --precision fp32 --log_interval 1 --save_minutes 100 "
+    "--batch_size 4 --micro_batch 2 --lr 1e-3"
+)
+STAGES = {  # 12 steps of 4 of 8 videos or keyframes
+    "mae_pretrain": "--epochs 24 --repeat_aug 4 --clip_grad 0.5 --decoder_embed_dim 32",
+    "finetune_cls": "--epochs 12 --repeat_aug 2 --drop_path 0.2 --num_classes 8 --views 2x3",
+    "finetune_ava": "--epochs 6 --drop_path 0.2 --rel_pos --video_start 900",
+}
+
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory):
+    """8 videos to train on, 5 to validate, which 2 and 3 do not divide; in ava/ as many keyframes."""
+    folder = make_videos(tmp_path_factory.mktemp("videos"), {"train": 8, "val": 5})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(data.DEMO_VIDEOS, "ava", {"train": 4, "val": 3})
+        data.make_demo_ava("ava", folder / "ava")
+    return folder
+
+
+def line_of(stage, videos, out, *more):
+    """The command line of a small run of a stage."""
+    where = videos / "ava" if stage == "finetune_ava" else videos
+    line = f"{SMALL} {STAGES[stage]} --num_workers 0 --data {where} --output_dir {out}"
+    return " ".join([line, *map(str, more)])
+
+
+def run_stage(stage, *words):
+    """Run a stage's main function in this process: the message it exits with, or "" if all is well."""
+    sys.argv = [f"{stage}.py", *" ".join(map(str, words)).split()]
+    with pytest.raises(SystemExit) as stop:
+        model.run_main(importlib.import_module(stage).main)
+    return str(stop.value.code or "")
+
+
+class Job:
+    """Processes that run a stage, and what they print."""
+
+    def __init__(self, processes, output):
+        self.processes, self.output = processes, output
+
+    @property
+    def pid(self):
+        return self.processes[0].pid
+
+    @property
+    def printed(self):
+        return self.output.read_text(errors="replace")
+
+    def codes(self):
+        """The exit status of each process; None while it runs, below 0 if a signal has ended it."""
+        return [p.poll() if isinstance(p, subprocess.Popen) else p.exitcode for p in self.processes]
+
+    def finish(self, seconds=120):
+        """Wait, in bounded time: (exit status, the first that is not 0; all that was printed)."""
+        end = time.monotonic() + seconds
+        while None in self.codes():
+            if time.monotonic() > end:
+                for process in self.processes:
+                    for pid in family(process.pid):
+                        os.kill(pid, signal.SIGKILL)
+                raise AssertionError(f"still running after {seconds} s:\n{self.printed}")
+            time.sleep(0.01)
+        return next(filter(None, self.codes()), 0), self.printed
+
+    def wait_for(self, condition, seconds=90):
+        """Wait until a condition holds, while all processes run."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert set(self.codes()) == {None}, self.printed
+            assert time.monotonic() < end, f"waited in vain:\n{self.printed}"
+            time.sleep(0.005)
+
+
+def family(pid):
+    """A process and all that it has started, as Linux tells."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return []
+    return [pid, *(one for child in children for one in family(int(child)))]
+
+
+def ranks_of(launcher):
+    """The processes that torchrun has started, by rank."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    there = [pid for pid in children if "--model" in Path(f"/proc/{pid}/cmdline").read_text()]
+    return sorted(map(int, there))
+
+
+def start(stage, line, processes=1, harm="", launcher="fork", restarts=0):
+    """Start a stage in processes of its own: a Job. harm: code to run first, in each of them.
+
+    launcher: "python" and "torchrun" start it as a user does; "fork" saves them the 4 s that it takes
+    to import torch, and gives the processes the environment that torchrun gives.
+    """
+    output = Path(tempfile.mkdtemp(prefix="stage"), "printed.txt")
+    output.touch()
+    program = [str(ROOT / f"{stage}.py")]
+    if harm:
+        script = output.with_name(f"{stage}.py")
+        head = f"import os, sys, runpy, time\nsys.path.insert(0, {str(ROOT)!r})\n"
+        tail = f"runpy.run_path({program[0]!r}, run_name='__main__')\n"
+        script.write_text(f"{head}import model as m, data\n{harm}\n{tail}")
+        program = [str(script)]
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
+    environment |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as the README asks for restarts
+    if launcher != "fork":
+        torchrun = ["-m", "torch.distributed.run", "--standalone"]
+        torchrun += [f"--max-restarts={restarts}", f"--nproc_per_node={processes}"]
+        command = [sys.executable, *(torchrun if launcher == "torchrun" else []), *program]
+        settings = dict(env=os.environ | environment, start_new_session=True)
+        with open(output, "a") as file:
+            command += line.split()
+            job = subprocess.Popen(command, stdout=file, stderr=file, **settings)
+        return Job([job], output)
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    jobs = []
+    for rank in range(processes):
+        own = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {})
+        words = [*program, *line.split()]
+        jobs.append(
+            multiprocessing.get_context("fork").Process(
+                target=run_forked, args=(words, own, output)
+            )
+        )
+        jobs[-1].start()
+    return Job(jobs, output)
+
+
+def run_forked(words, environment, output):
+    """In a process that was forked: run a program as if Python had just begun."""
+    os.setsid()
+    for name in ("model", "data", "mae_pretrain", "finetune_cls", "finetune_ava"):
+        sys.modules.pop(name, None)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    for number in (signal.SIGTERM, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream, number in (("stdout", 1), ("stderr", 2)):
+        os.dup2(file, number)
+        setattr(sys, stream, open(number, "w", buffering=1))  # noqa: SIM115
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+
+
+def entries(folder):
+    """The lines of a run's log.jsonl."""
+    log = Path(folder, "log.jsonl")
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def len_log(folder):
+    """How many lines a log has, while it grows."""
+    log = folder / "log.jsonl"
+    return log.read_text().count("\n") if log.exists() else 0
+
+
+def json_of(folder, name="results.json"):
+    """A run's results, or another JSON file of it."""
+    return json.loads(Path(folder, name).read_text())
+
+
+def checkpoint_of(path):
+    """A checkpoint, or the last one in a run's folder."""
+    path = Path(path, "checkpoint.pt") if Path(path).is_dir() else path
+    return torch.load(path, weights_only=True)
+
+
+@pytest.fixture(scope="session")
+def whole(videos, tmp_path_factory):
+    """Runs that nothing stopped, each made when it is first asked for: their folders."""
+    made = {}
+
+    def run(stage, *more, processes=1, harm=""):
+        key = stage, more, processes
+        if key not in made:
+            out = tmp_path_factory.mktemp("whole")
+            code, text = start(stage, line_of(stage, videos, out, *more), processes, harm).finish()
+            assert code == 0, text
+            (out / "printed.txt").write_text(text)
+            made[key] = out
+        return made[key]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def bad_files(videos, whole, tmp_path_factory):
+    """A folder of files that are of no use."""
+    folder = tmp_path_factory.mktemp("bad")
+    for name in ("lists", "unknown", "noval/train/walk", "broken"):
+        (folder / name).mkdir(parents=True)
+    video = videos / "train" / "train0_000005_000008.mp4"
+    header = "label,youtube_id,time_start,time_end,split\n"
+    for name, text in {
+        "lists/train.csv": 4 * f"{video} 0\n{video} 7\n",
+        "unknown/train.csv": f"{header}walk,a,0,1,train\n",
+        "unknown/val.csv": f"{header}dance,a,0,1,val\n",
+        **dict.fromkeys(["text.mp4", *(f"broken/{name}.mp4" for name in "abcd")], "words"),
+        "other.csv": "other,0902,0.1,0.1,0.5,0.5,1,0.9\n",
+        "text.csv": "text,0.5,0.1,0.1,0.5,0.5\n",
+        "empty.csv": "",
+    }.items():
+        (folder / name).write_text(text)
+    encode(folder / "unknown" / "a_000000_000001.mp4", noise_frames(8))
+    encode(folder / "noval" / "train" / "walk" / "a.mp4", noise_frames(8))
+    torch.save({"head.weight": torch.zeros(8, 8)}, folder / "noencoder.pt")
+    torch.save(checkpoint_of(whole("mae_pretrain"))["model"], folder / "weights.pt")
+    return folder
+
+
+def damaged(folder, count):
+    """Good videos in several formats, and `count` made of them by cutting, flipping bytes, zeroing
+    ranges, swapping or changing headers, losing pieces: their paths.
+    """
+    formats = ["mp4 libx264", "mkv libx264", "webm libvpx-vp9", "avi mpeg4", "mp4 libx265"]
+    rng, paths, made = random.Random(0), [], []
+    for i, (suffix, codec) in enumerate(map(str.split, [*formats, "ts mpeg2video"])):
+        options = {"x265-params": "log-level=none"} if codec == "libx265" else {}
+        path = folder / f"base{i}.{suffix}"
+        paths.append(encode(path, noise_frames(40), codec=codec, options=options))
+    real = sorted(SHARED_VIDEOS.iterdir()) if SHARED_VIDEOS.exists() else []
+    paths += [path for path in real if path.suffix != ".md" and path.stat().st_size < 2e6]
+    for i in range(count):
+        source = paths[i % len(paths)]
+        content = bytearray(source.read_bytes())
+        kind, size = i // len(paths) % 6, len(content)
+        at, length = rng.randrange(size), rng.randint(1, max(1, size // 10))
+        if kind == 0:
+            content = content[: rng.randint(0, size)]
+        elif kind == 1:
+            for _ in range(rng.choice((1, 10, 1000))):
+                content[rng.randrange(size)] ^= 1 << rng.randrange(8)
+        elif kind == 2:
+            content[at : at + length] = bytes(min(length, size - at))
+        elif kind == 3:
+            content[:2000] = paths[rng.randrange(len(paths))].read_bytes()[:2000]
+        elif kind == 4:
+            for _ in range(20):
+                content[rng.randrange(min(size, 4000))] = rng.randrange(256)  # in the headers
+        else:
+            del content[at : at + length]
+        made.append(folder / f"{i}{source.suffix}")
+        made[-1].write_bytes(content)
+    return paths + made

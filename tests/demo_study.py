@@ -59,8 +59,11 @@ class Study:
                 raise SystemExit(f"{' '.join(line)} ended with {code}: see {out}/output.txt")
             log = [json.loads(entry) for entry in (out / "log.jsonl").read_text().splitlines()]
             batch = json.loads((out / "args.json").read_text())
-            clips = batch["batch_size"] * batch["repeats"] * batch["log_every"]
-            results = {"loss": log[-1]["loss"], "seconds": sum(clips / entry["clips_per_s"] for entry in log)}
+            clips = batch["batch_size"] * batch["repeat_aug"] * batch["log_interval"]
+            results = {
+                "loss": log[-1]["loss"],
+                "seconds": sum(clips / entry["clips_per_s"] for entry in log),
+            }
             if (out / "results.json").exists():
                 results |= json.loads((out / "results.json").read_text())
             done.write_text(json.dumps(results))
@@ -97,20 +100,27 @@ def compare(study, stage):
 
     settings = list(itertools.product(sides, RATES[stage], DECAYS))
     searched = {setting: start(*setting, short) for setting in settings}
-    searched = {(*setting, short): score_of(stage, run.result()) for setting, run in searched.items()}
+    searched = {
+        (*setting, short): score_of(stage, run.result()) for setting, run in searched.items()
+    }
     longer = {}
     for side in sides:
         better = sorted((s for s in searched if s[0] == side), key=searched.get, reverse=True)[:3]
         longer |= {(*s[:3], long): start(*s[:3], long) for s in better}
     searched |= {setting: score_of(stage, run.result()) for setting, run in longer.items()}
-    print(f"\n{stage}, seed 0      learning rate  layer-wise decay  epochs   {'top-1' if 'cls' in stage else 'mAP'}")
+    print(
+        f"\n{stage}, seed 0      learning rate  layer-wise decay  epochs   {'top-1' if 'cls' in stage else 'mAP'}"
+    )
     for (side, lr, decay, epochs), score in sorted(searched.items()):
         print(f"{side:24}{lr:12g}{decay:18g}{epochs:8}{score:9.1f}")
     best = {side: max((s for s in searched if s[0] == side), key=searched.get) for side in sides}
     finals = {side: [start(*best[side], seed) for seed in SEEDS] for side in sides}
     print(f"\n{stage}, the best of each, mean of {len(SEEDS)} seeds (lowest to highest)")
     for side, runs in finals.items():
-        print(f"{side:14}{best[side][1:]}   {spread([score_of(stage, run.result()) for run in runs])}", flush=True)
+        print(
+            f"{side:14}{best[side][1:]}   {spread([score_of(stage, run.result()) for run in runs])}",
+            flush=True,
+        )
     if stage == "finetune_cls":
         probes = {side: [start(side, lr, 0, short) for lr in PROBE_RATES] for side in sides}
         for side, runs in probes.items():
@@ -123,34 +133,42 @@ BASE = {"epochs": 32}
 FINETUNING = {"epochs": 40}
 # Each ablation: what it varies, and the paper's figure for it ("": it gives none).
 ABLATIONS = {
-    "nothing changed: what chance does": {f"pre-training's seed {n}": ({"seed": n} if n else {}, "") for n in (0, 1)},
+    "nothing changed: what chance does": {
+        f"pre-training's seed {n}": ({"seed": n} if n else {}, "") for n in (0, 1)
+    },
     "masked fine-tuning (Table 11)": {
         f"from {start:.0%}": ({"mask_start": start} if start else {}, paper)
         for start, paper in ((0, "84.4, 1.0 x"), (0.5, "84.1, 1.2 x"), (0.75, "83.8, 1.3 x"))
     },
     "mask sampling (Table 12a, SSv2)": {
         "agnostic 90 %": ({}, 63.4),
-        "space-only 90 %": ({"masking": "space-only"}, 59.5),
-        "time-only 75 %": ({"masking": "time-only", "mask_ratio": 0.75}, 61.9),
-        "block-wise 75 %": ({"masking": "block-wise", "mask_ratio": 0.75}, ""),
+        "space-only 90 %": ({"mask_type": "space-only"}, 59.5),
+        "time-only 75 %": ({"mask_type": "time-only", "mask_ratio": 0.75}, 61.9),
+        "block-wise 75 %": ({"mask_type": "block-wise", "mask_ratio": 0.75}, ""),
     },
     "mask ratio (Figure 6)": {
-        f"{ratio:.0%}": ({"mask_ratio": ratio} if ratio != 0.9 else {}, "") for ratio in (0.5, 0.75, 0.9, 0.95)
+        f"{ratio:.0%}": ({"mask_ratio": ratio} if ratio != 0.9 else {}, "")
+        for ratio in (0.5, 0.75, 0.9, 0.95)
     },
     "repeated sampling at equal effective epochs": {
-        f"{n} samples": ({"repeats": n, "batch_size": 32 // n, "lr": 2e-3} if n > 1 else {}, "") for n in (1, 2, 4)
+        f"{n} samples": ({"repeat_aug": n, "batch_size": 32 // n, "lr": 2e-3} if n > 1 else {}, "")
+        for n in (1, 2, 4)
     },
     "pre-trained on (Table 3)": {
         "video": ({}, ""),
-        "images: one frame, its 2D kernel repeated": ({"num_frames": 2, "sampling_rate": 0, "mask_ratio": 0.75}, ""),
+        "images: one frame, its 2D kernel repeated": (
+            {"num_frames": 2, "sampling_rate": 0, "mask_ratio": 0.75},
+            "",
+        ),
     },
     "decoder width (Table 12b: 128, 256, 512)": {
-        "16": ({"decoder_width": 16}, 59.4),
-        "32": ({"decoder_width": 32}, 63.2),
+        "16": ({"decoder_embed_dim": 16}, 59.4),
+        "32": ({"decoder_embed_dim": 32}, 63.2),
         "64": ({}, 63.4),
     },
     "decoder depth (Table 12c)": {
-        f"{n} blocks": ({"decoder_depth": n} if n != 2 else {}, paper) for n, paper in ((1, 63.9), (2, 63.4), (4, 63.4))
+        f"{n} blocks": ({"decoder_depth": n} if n != 2 else {}, paper)
+        for n, paper in ((1, 63.9), (2, 63.4), (4, 63.4))
     },
 }
 
@@ -159,10 +177,15 @@ def ablate(study, flags):
     """One row: the pre-training with these flags (mask_start is one of fine-tuning), and its fine-tunings, as results."""
     flags = BASE | flags
     masked = {"mask_start": flags.pop("mask_start")} if "mask_start" in flags else {}
-    name, after = ("_".join(f"{key}{value}" for key, value in chosen.items()) for chosen in (flags, flags | masked))
+    name, after = (
+        "_".join(f"{key}{value}" for key, value in chosen.items())
+        for chosen in (flags, flags | masked)
+    )
     init = study.pretrain(name, **flags)
     runs = [
-        study.start("finetune_cls", f"from_{after}_seed{s}", init=init, seed=s, **FINETUNING, **masked)
+        study.start(
+            "finetune_cls", f"from_{after}_seed{s}", init=init, seed=s, **FINETUNING, **masked
+        )
         for s in SEEDS[:2]
     ]
     return study.start("mae_pretrain", name, **flags).result(), [run.result() for run in runs]
@@ -173,7 +196,9 @@ def ablations(study, epochs, jobs):
 
     epochs: of each pre-training; None: those of BASE.
     """
-    waiting = concurrent.futures.ThreadPoolExecutor(jobs)  # rows wait for their runs, which share the study's own pool
+    waiting = concurrent.futures.ThreadPoolExecutor(
+        jobs
+    )  # rows wait for their runs, which share the study's own pool
     more = {"epochs": epochs} if epochs else {}
     rows = {(name, row): waiting.submit(ablate, study, flags | more) for name, table in ABLATIONS.items()
             for row, (flags, _) in table.items()}  # fmt: skip
@@ -184,15 +209,26 @@ def ablations(study, epochs, jobs):
             seconds = mean(run["seconds"] for run in runs)
             scores = spread([run["top1"] for run in runs])
             with study.printing:
-                print(f"{row:44}{scores:>22}{pretraining['seconds']:12.0f} s{seconds:11.0f} s{paper:>13}", flush=True)
+                print(
+                    f"{row:44}{scores:>22}{pretraining['seconds']:12.0f} s{seconds:11.0f} s{paper:>13}",
+                    flush=True,
+                )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help="pays, detects, ablations; default: all")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help="pays, detects, ablations; default: all"
+    )
     parser.add_argument("--folder", default="runs/study")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs at once")
-    parser.add_argument("--epochs", type=int, help=f"of each pre-training in `ablations`; default: {BASE['epochs']}")
+    parser.add_argument(
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs at once"
+    )
+    parser.add_argument(
+        "--epochs", type=int, help=f"of each pre-training in `ablations`; default: {BASE['epochs']}"
+    )
     args = parser.parse_args()
     unknown = set(args.parts) - {"pays", "detects", "ablations"}
     if unknown:

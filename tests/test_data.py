@@ -1,565 +1,422 @@
-"""Lists, decoding, sampling, batches: against decoding everything, and against what users have on disk."""
+"""Lists, sampling, batches, failures, demo: from what users have on disk to the clips of a step."""
 
 import argparse
+import contextlib
 import gc
+import json
 import math
+import multiprocessing
 import os
 import pickle
-import shutil
-from collections import Counter
+import pickletools
 from pathlib import Path
+from unittest.mock import Mock
 
 import av
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED_VIDEOS, encode, noise_frames
-from torchvision.transforms.v2 import functional as F
 
 import data
+import finetune_cls
+import mae_pretrain
+import model
+from data import Batches, ClipDataset, MultiViewDataset, StepSampler, VideoError, find_videos
 from model import InputError
 
-# ------------------------------------------------------------------------------------------------------- decoding
+SMALL = "--model vit_demo --img_size 16 --epochs 1 --batch_size 4 --precision fp32 --num_workers"
+HEAD = "label,youtube_id,time_start,time_end,split\n"
 
 
-def decode_all(path):
-    """Every frame of a file by time stamp, the plain way; what comes before an error where there is one."""
-    frames = {}
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        try:
-            for frame in container.decode(stream):
-                frames[frame.pts] = frame
-        except av.error.FFmpegError:
-            pass
-        return frames, float(stream.time_base)
+def run_stage(stage, line, monkeypatch):
+    """Run a stage's main() in this process."""
+    monkeypatch.setattr("sys.argv", [stage.__name__, *line.split()])
+    stage.main()
 
 
-def assert_same_frames(path, seeds=5):
-    """Video.frames gives what decoding everything and picking the nearest gives, pixel for pixel."""
-    frames, unit = decode_all(path)
-    stamps = np.array(sorted(frames))
-    for seed in range(seeds):
-        rng = np.random.RandomState(seed)
-        with data.Video(path) as video:
-            if seed % 2:
-                times = rng.uniform(0, video.duration, 9)  # in any order
-            else:
-                times = np.concatenate([data.clip_times(video.duration, 16, 4, rng.rand()) for _ in range(seed + 1)])
-            got = video.frames(times)
-        wanted = [stamps[np.abs((stamps - stamps[0]) * unit - time).argmin()] for time in times]
-        assert [frame.pts for frame in got] == wanted
-        for frame in {id(frame): frame for frame in got}.values():
-            assert np.array_equal(frame.to_ndarray(format="rgb24"), frames[frame.pts].to_ndarray(format="rgb24"))
-
-
-FILES = {
-    "b_frames_gop_12.mp4": dict(options={"g": "12", "bf": "3"}),
-    "one_gop.mp4": dict(options={"g": "250", "bf": "3"}),
-    "open_gop.mkv": dict(options={"x264-params": "keyint=12:min-keyint=12:open-gop=1:bframes=3"}),
-    "hevc.mp4": dict(codec="libx265", options={"x265-params": "keyint=16:bframes=3:log-level=none"}),
-    "mpeg4_b_frames.avi": dict(codec="mpeg4", options={"g": "10", "bf": "2"}),
-    "hidden_frames.webm": dict(codec="libvpx", options={"auto-alt-ref": "1", "lag-in-frames": "16", "b": "100k"}),
-    "vp9.webm": dict(codec="libvpx-vp9", options={"g": "20"}),
-    "mpeg_ts.ts": dict(options={"g": "20", "bf": "2"}),
-    "10_bit.mp4": dict(pix_fmt="yuv420p10le"),
-    "odd_444.mp4": dict(pix_fmt="yuv444p", height=45, width=63),
-    "variable_rate.mp4": dict(times=np.cumsum(np.random.RandomState(0).randint(1, 7, 80))),
-    "late_start.mkv": dict(start=250),
-    "no_duration.mkv": dict(container={"live": "1"}),
-    "low_rate.mp4": dict(rate=6),
-}
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_frames_are_those_nearest_to_the_wanted_times(name, tmp_path):
-    settings = dict(FILES[name])
-    frames = noise_frames(80, settings.pop("height", 48), settings.pop("width", 64))
-    settings.pop("container", None)
-    assert_same_frames(encode(tmp_path / name, frames, **settings))
-
-
-@pytest.mark.skipif(not SHARED_VIDEOS.exists(), reason="needs ../shared/videos")
-@pytest.mark.parametrize(
-    "path", sorted(p for p in SHARED_VIDEOS.glob("*.*") if p.suffix != ".md"), ids=lambda p: p.name
-)
-def test_frames_of_real_files_are_the_nearest_too(path):
-    if path.name == "corrupted.mp4":  # breaks after 28 of 50 frames: a clip comes from what decodes
-        with data.Video(path) as video:
-            assert len(video.frames(data.clip_times(video.duration, 16, 4, 0.0))) == 16
-        return
-    assert_same_frames(path)
-
-
-def test_a_file_that_cannot_seek_and_has_no_duration_is_read_from_its_start(tmp_path):
-    path = encode(tmp_path / "stream.mkv", noise_frames(80), options={"g": "250"})
-    with open(tmp_path / "pipe.mkv", "wb") as out:  # a live recording: no duration, no index
-
-        class Pipe:
-            write = out.write
-
-        with av.open(Pipe(), "w", format="matroska", options={"live": "1"}) as live, av.open(str(path)) as source:
-            stream = live.add_stream_from_template(source.streams.video[0])
-            for packet in source.demux(source.streams.video[0]):
-                if packet.size:
-                    packet.stream = stream
-                    live.mux(packet)
-    with av.open(str(tmp_path / "pipe.mkv")) as container:
-        assert container.duration is None and container.streams.video[0].duration is None
-    with data.Video(tmp_path / "pipe.mkv") as video:
-        assert video.duration == pytest.approx(80 / 30, abs=0.04)
-    assert_same_frames(tmp_path / "pipe.mkv")
-
-
-@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.webm", "a.ts"])
-@pytest.mark.parametrize("start", [0, 250])
-def test_the_duration_counts_from_the_first_frame(name, start, tmp_path):
-    codec = "libvpx" if name == "a.webm" else "libx264"
-    with data.Video(encode(tmp_path / name, noise_frames(80), codec=codec, start=start)) as video:
-        assert video.duration == pytest.approx(80 / 30, abs=0.05)
-
-
-def test_h264_with_b_frames_in_avi_counts_as_damaged(tmp_path):
-    """Its packets have no time stamps: those that FFmpeg guesses are in the order of decoding."""
-    assert_same_frames(encode(tmp_path / "plain.avi", noise_frames(40), options={"bf": "0"}))
-    path = encode(tmp_path / "b_frames.avi", noise_frames(40), options={"bf": "2"})
-    with pytest.raises(data.VideoError, match="has B-frames, whose order AVI does not give; convert it"):
-        data.Video(path)
-
-
-def test_frames_that_cannot_be_scaled_count_as_damage(tmp_path):
-    with data.Video(encode(tmp_path / "a.mp4", noise_frames(5))) as video:
-        frames = video.frames([0.0])
-    with pytest.raises(data.VideoError, match="cannot be cut to 9999 x 64 and scaled"):
-        data.to_clip(frames, (32, 32), (0, 0, 9999, 64))
-
-
-def test_only_the_groups_of_pictures_that_hold_wanted_frames_are_decoded_and_once(tmp_path):
-    path = encode(tmp_path / "a.mp4", noise_frames(120), options={"g": "12", "bf": "0", "sc_threshold": "0"})
-    with data.Video(path) as video:
-        fed, codec = [], video.codec
-
-        class Counting:
-            name = codec.name
-            flush_buffers = codec.flush_buffers
-
-            def decode(self, packet):
-                fed.append(packet and packet.pts)
-                return codec.decode(packet)
-
-        video.codec = Counting()
-        video.frames(np.array([2, 5, 5, 100, 98]) / 30)
-    packets = [pts for pts in fed if pts is not None]
-    assert len(packets) == len(set(packets))
-    assert len(packets) == 6 + 5  # frames 0 to 5, and 96 to 100 from the key frame 96 on
-
-
-def test_a_video_shorter_than_a_clip_repeats_its_last_frame(tmp_path):
-    path = encode(tmp_path / "short.mp4", noise_frames(5))
-    with data.Video(path) as video:
-        got = [frame.pts for frame in video.frames(data.clip_times(video.duration, 16, 4, 0.7))]
-    assert len(set(got[1:])) == 1 and got[0] != got[1]
-
-
-@pytest.mark.skipif(not SHARED_VIDEOS.exists(), reason="needs ../shared/videos")
-@pytest.mark.parametrize(
-    "name, turns, size", [("video_90.mov", -1, (568, 320)), ("nasa_13013_rotated.mp4", 1, (480, 270))]
-)
-def test_rotated_videos_come_out_upright(name, turns, size):
-    with data.Video(SHARED_VIDEOS / name) as video:
-        frames = video.frames([0.0])
-    assert data.upright_size(frames[0]) == size
-    whole = np.rot90(frames[0].to_ndarray(format="rgb24"), turns)
-    clip = data.to_clip(frames, size)[0].numpy()
-    assert abs(clip.astype(float) - whole).mean() < 2
-    box = data.to_clip(frames, (100, 60), (40, 20, 100, 60))[0].numpy()
-    assert abs(box.astype(float) - whole[40:140, 20:80]).mean() < 3
-
-
-def test_cutting_and_scaling_in_one_pass_is_cutting_then_scaling(tmp_path):
-    path = encode(tmp_path / "a.mp4", noise_frames(3, 96, 128), options={"crf": "0"}, pix_fmt="yuv444p")
-    with data.Video(path) as video:
-        frames = video.frames([0.0, 0.034, 0.067, 0.067])
-    whole = torch.stack([torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in frames])
-    top, left, height, width = box = (10, 21, 60, 80)
-    cut = data.to_clip(frames, (height, width), box)
-    assert cut.shape == (4, 60, 80, 3) and cut.dtype == torch.uint8
-    assert (cut.int() - whole[:, top : top + height, left : left + width].int()).abs().max() <= 2
-    small = data.to_clip(frames, (30, 40), box).float()
-    reference = F.resize(whole.permute(0, 3, 1, 2)[:, :, top : top + height, left : left + width], [30, 40])
-    assert (small - reference.permute(0, 2, 3, 1)).abs().mean() < 2
-    assert torch.equal(cut[2], cut[3])
-
-
-@pytest.mark.parametrize(
-    "content, reason",
-    [(b"", "cannot be opened"), (b"no video at all", "cannot be opened"), (None, "has no video stream")],
-)
-def test_a_file_that_is_no_video_says_so(content, reason, tmp_path):
-    path = tmp_path / "bad.mkv"
-    if content is None:
-        with av.open(str(path), "w") as container:
-            stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
-            frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), dtype=np.int16), layout="mono")
-            frame.rate = 8000
-            container.mux(stream.encode(frame))
-    else:
-        path.write_bytes(content)
-    with pytest.raises(data.VideoError, match=reason):
-        data.Video(path)
-
-
-def test_a_damaged_video_gives_what_decodes_or_a_reason(tmp_path):
-    path = encode(tmp_path / "good.mkv", noise_frames(90), options={"g": "10", "bf": "0"})
-    whole = path.read_bytes()
-    (tmp_path / "cut.mkv").write_bytes(whole[: int(len(whole) * 0.9)])
-    with data.Video(tmp_path / "cut.mkv") as video:
-        assert len(video.frames(data.clip_times(3, 16, 4, 0.0))) == 16
-    with av.open(str(path)) as container:  # all but the first pictures overwritten
-        places = [(p.pos, p.size) for p in container.demux(container.streams.video[0]) if p.size][5:]
-    damaged = bytearray(whole)
-    for position, size in places:
-        damaged[position + 8 : position + size] = bytes(size - 8)
-    (tmp_path / "zeros.mkv").write_bytes(damaged)
-    with data.Video(tmp_path / "zeros.mkv") as video, pytest.raises(data.VideoError, match="cannot be decoded"):
-        video.frames(data.clip_times(3, 16, 4, 0.5))
-
-
-# ---------------------------------------------------------------------------------------------------------- lists
-
-
-def touch(folder, *names):
+def write(folder, *names, text="", encoding=None):
+    """Files of these names, all with the same text."""
     for name in names:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"")
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding)
 
 
 def contents(videos):
     labels = [None] * len(videos) if videos.labels is None else videos.labels.tolist()
-    return [(os.path.relpath(videos.path(i), videos.root), label) for i, label in enumerate(labels)]
+    paths = [videos.path(i).removeprefix(f"{videos.root}/") for i in range(len(videos))]
+    return list(zip(paths, labels))
+
+
+# ----------------------------------------------------------------------------------------- lists
 
 
 @pytest.mark.parametrize("separator", [" ", ",", ", ", "\t"])
-def test_lists_with_space_or_comma(separator, tmp_path):
-    lines = [f"a.mp4{separator}3", f"my videos/b c.mp4{separator}0", "", f"/abs/d.mp4{separator}12"]
-    encoding = "utf-8-sig" if separator == "," else "utf-8"  # what spreadsheets write begins with a mark
-    (tmp_path / "train.csv").write_text("\n".join(lines), encoding=encoding)
-    for source in (tmp_path, tmp_path / "train.csv"):
-        videos = data.find_videos(source)
-        assert [videos.path(i) for i in range(3)] == [
-            f"{tmp_path}/a.mp4",
-            f"{tmp_path}/my videos/b c.mp4",
-            "/abs/d.mp4",
-        ]
+def test_lists_have_space_or_comma_and_maybe_a_byte_order_mark(separator, tmp_path):
+    names = ["a.mp4", "my videos/b c.mp4", "/abs/d.mp4"]
+    text = "\n\n".join(f"{name}{separator}{label}" for name, label in zip(names, (3, 0, 12)))
+    encoding = "utf-8-sig" if separator == "," else "utf-8"  # as spreadsheets write it
+    write(tmp_path, "train.txt", text=text, encoding=encoding)
+    for source in (tmp_path, tmp_path / "train.txt"):
+        videos = find_videos(source)
         assert videos.labels.tolist() == [3, 0, 12]
-    assert data.find_videos(tmp_path / "train.csv", videos="/elsewhere").path(0) == "/elsewhere/a.mp4"
+        assert [videos.path(i) for i in range(3)] == [str(tmp_path / name) for name in names]
 
 
-def test_official_kinetics_csv_beside_its_videos(tmp_path, capsys):
-    rows = [
-        "label,youtube_id,time_start,time_end,split",
-        '"playing, well",-abc_1,12,22,train',
-        "archery,xyz,0,10,train",
-    ]
-    rows += ["archery,gone,5,15,train", "archery,other,5,15,val"]
-    (tmp_path / "annotations").mkdir()
-    (tmp_path / "annotations" / "train.csv").write_text("\n".join(rows))
-    touch(
-        tmp_path, "train/-abc_1_000012_000022.mp4", "train/more/xyz_000000_000010.webm", "val/other_000005_000015.mp4"
-    )
-    videos = data.find_videos(tmp_path)
-    assert contents(videos) == [("train/-abc_1_000012_000022.mp4", 1), ("train/more/xyz_000000_000010.webm", 0)]
+def test_the_official_kinetics_csv_finds_its_videos_anywhere(tmp_path, capsys):
+    rows = '"playing, well",-abc_1,12,22,train\narchery,xyz,0,10,train\narchery,gone,5,15,train\n'
+    names = ["train/-abc_1_000012_000022.mp4", "train/more/xyz_000000_000010.webm"]
+    write(tmp_path, *names, "val/other_000005_000015.mp4")
+    write(tmp_path, "annotations/train.csv", text=HEAD + rows + "another,other,5,15,val\n")
+    videos = find_videos(tmp_path, classes=None)
+    assert contents(videos) == list(zip(names, (1, 0)))
     assert videos.class_names == ["archery", "playing, well"]
     assert "1 of 3 videos are not below" in capsys.readouterr().out
+    write(tmp_path, "annotations/train.csv", text="youtube_id,time_start,time_end\nxyz,0,10")
+    videos = find_videos(tmp_path)  # to pre-train on
+    assert videos.labels is None and contents(videos) == [(names[1], None)]
+    with pytest.raises(InputError, match=r"train.csv: videos without labels"):
+        find_videos(tmp_path, classes=None)
 
 
-def test_class_folders_and_plain_folders(tmp_path):
-    touch(tmp_path, "train/walk/b.mp4", "train/run/a.MKV", "train/run/notes.txt", "val/run/c.avi")
-    assert contents(data.find_videos(tmp_path)) == [("run/a.MKV", 0), ("walk/b.mp4", 1)]
-    assert data.find_videos(tmp_path / "train").class_names == ["run", "walk"]
-    assert contents(data.find_videos(tmp_path, "val")) == [("run/c.avi", 0)]
-    touch(tmp_path, "flat/x.mp4", "flat/deeper/y.mov")
-    assert contents(data.find_videos(tmp_path / "flat")) == [("deeper/y.mov", None), ("x.mp4", None)]
-    with pytest.raises(InputError, match=r"x\.mp4: no class"):
-        data.find_videos(tmp_path / "flat", need_labels=True)
+def test_class_folders_have_labels_and_plain_folders_none(tmp_path):
+    names = ["train/walk/b.mp4", "train/run/a.MKV", "train/run/notes.txt", "val/run/c.avi"]
+    write(tmp_path, *names, "flat/steam-train.mp4", "flat/deeper/y.mov", "flat/val/z.mp4")
+    assert contents(find_videos(tmp_path)) == [("run/a.MKV", 0), ("walk/b.mp4", 1)]
+    assert find_videos(tmp_path / "train").class_names == ["run", "walk"]
+    assert contents(find_videos(tmp_path, "val", classes=["jump", "run"])) == [("run/c.avi", 1)]
+    plain = [("deeper/y.mov", None), ("steam-train.mp4", None)]  # no list, though its name ends so
+    assert contents(find_videos(tmp_path / "flat")) == plain  # nor is a held-out video trained on
+    with pytest.raises(InputError, match="flat: videos without labels"):
+        find_videos(tmp_path / "flat", classes=None)
 
 
-@pytest.mark.parametrize(
-    "text, error",
-    [
-        ("a.mp4 1\nb.mp4\n", r"train.csv, line 2: 'b.mp4': no label after the path"),
-        ("a.mp4 1 2\n", r"line 1: 'a.mp4 1 2': more than two columns"),
-        ("\n\n", r"train.csv: no videos in it; expected one of"),
-        ("label,youtube_id,time_start,time_end,split\na,b,1\n", r"line 2: 3 columns; expected label,youtube_id"),
-        (
-            "label,youtube_id,time_start,time_end,split\na,b,x,2,train\n",
-            r"line 2: time_start and time_end must be seconds",
-        ),
-        (
-            "label,youtube_id,time_start,time_end,split\na,b,1,2,train\n",
-            r"none of its videos.*such as b_000001_000002.mp4",
-        ),
-    ],
-)
-def test_lists_that_are_wrong_name_file_and_line(text, error, tmp_path):
-    (tmp_path / "train.csv").write_text(text)
-    with pytest.raises(InputError, match=error):
-        data.find_videos(tmp_path)
+@pytest.mark.parametrize("prefix", ["labels/", "something-something-v2-"])
+def test_ssv2_is_read_as_distributed_asked_for_by_name_and_never_flipped(prefix, tmp_path):
+    names = ["Moving something from left to right", "Holding something"]
+    items = [dict(id=i, label="a cup", template="Holding [something]") for i in "012"]
+    items[1]["template"] = "Moving [something] from left to right"
+    write(tmp_path, "20bn/0.webm", "20bn/1.webm")
+    write(tmp_path, f"{prefix}labels.json", text=json.dumps({names[1]: "1", names[0]: "0"}))
+    write(tmp_path, f"{prefix}train.json", text=json.dumps(items))
+    for source in (tmp_path, tmp_path / f"{prefix}train.json"):
+        videos = find_videos(source, classes=None)
+        assert videos.class_names == names
+        assert contents(videos) == [("20bn/0.webm", 1), ("20bn/1.webm", 0)]
+        for stage in (mae_pretrain, finetune_cls):
+            args = stage.parse_args(["--dataset", "ssv2", "--data", str(source)])
+            data.locate_data(args, "kinetics")
+            assert args.segments and not args.hflip
+            with pytest.raises(InputError, match="Something-Something v2; add --dataset ssv2"):
+                data.locate_data(stage.parse_args(["--data", str(source)]), "kinetics")
+    (tmp_path / f"{prefix}labels.json").unlink()
+    with pytest.raises(InputError, match=r"train.json: no labels.json beside it"):
+        find_videos(tmp_path)
 
 
-def test_a_missing_path_and_an_empty_folder_show_the_layouts(tmp_path):
-    with pytest.raises(InputError, match=r"(?s)absent: no such file or folder.*youtube_id.*--dataset demo"):
-        data.find_videos(tmp_path / "absent")
-    with pytest.raises(InputError, match=r"(?s)no videos in it.*CLASS"):
-        data.find_videos(tmp_path)
+LAYOUTS = r"(?s)expected one of.*youtube_id.*--dataset demo"
+WRONG = {
+    "a.mp4 1\nb.mp4\n": r"train.csv, line 2: 'b.mp4'; expected 'path label' or",
+    "a.mp4 1 2\n": r"train.csv, line 1: 'a.mp4 1 2'; expected",
+    "a.mp4 0\nb.mp4 7\n": r"train.csv: label 7 of b.mp4 is outside 0..4",
+    "\n\n": LAYOUTS,
+    HEAD + "a,b,1\n": r"train.csv, line 2: no time_start and time_end in seconds",
+    HEAD + "a,b,x,2,train\n": r"train.csv, line 2: no time_start and time_end in seconds",
+    HEAD + "a,b,1,2,train\n": r"train.csv: none of its videos, as .*b_000001_000002",
+    HEAD + "dance,there,0,1,train\n": r"class 'dance' is none of the 5 classes",
+}
 
 
-def test_a_long_list_is_small_in_every_worker(tmp_path):
-    lines = [f"train/some_class/{i:011d}_000010_000020.mp4 {i % 400}" for i in range(240_000)]
-    (tmp_path / "train.csv").write_text("\n".join(lines))
-    videos = data.find_videos(tmp_path)
-    assert len(pickle.dumps(videos)) < 20e6
-    assert videos.path(239_999).endswith("00000239999_000010_000020.mp4") and videos.labels[239_999] == 239_999 % 400
-    assert len(videos.digest) == 16 and videos.digest == data.find_videos(tmp_path).digest
+@pytest.mark.parametrize("text", WRONG)
+def test_lists_that_are_wrong_name_file_and_line(text, tmp_path):
+    write(tmp_path, "there_000000_000001.mp4")
+    write(tmp_path, "train.csv", text=text)
+    with pytest.raises(InputError, match=WRONG[text]):
+        find_videos(tmp_path, classes=list("abcde"))
 
 
-# ------------------------------------------------------------------------------------------------------- sampling
+@pytest.mark.parametrize("name", ["train/walk/a.mp4", "walk/a.mp4", "a.mp4", "train.csv"])
+def test_training_videos_are_never_held_out_ones(name, tmp_path):
+    write(tmp_path, name, text="a.mp4 0")
+    assert len(find_videos(tmp_path)) == 1
+    for folder in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(InputError, match=LAYOUTS):
+            find_videos(folder, "val")
 
 
-def pretrain_dataset(folder, **changes):
-    settings = dict(
-        num_frames=16, img_size=32, sampling_rate=4, repeats=4, crop=(0.5, 1.0), hflip=True, seed=0, segments=False
-    )
-    return data.Clips(data.find_videos(folder), argparse.Namespace(**(settings | changes)), lambda: torch.rand(8))
+def test_a_long_list_is_a_few_arrays_in_every_worker(tmp_path):
+    """Not 60,000 strings, whose counts of references a worker writes to, which copies them."""
+    write(tmp_path, "train.csv", text="".join(f"class/{i:06d}.mp4 {i}\n" for i in range(60_000)))
+    videos = find_videos(tmp_path)
+    assert len(list(pickletools.genops(pickle.dumps(videos)))) < 1000
+    assert contents(videos)[-1] == ("class/059999.mp4", 59_999)
 
 
-def test_a_clip_spans_its_time_at_any_place_of_the_video():
-    times = data.clip_times(10.0, 16, 4, 1.0)
-    assert times[0] == pytest.approx(10 - 64 / 30) and times[1] - times[0] == pytest.approx(4 / 30)
-    assert data.clip_times(10.0, 16, 4, 0.0)[0] == 0 and data.clip_times(1.0, 16, 4, 0.9)[0] == 0
+@pytest.mark.parametrize("stage", [mae_pretrain, finetune_cls])
+def test_process_0_alone_walks_the_tree(stage, demo, monkeypatch):
+    monkeypatch.setattr(model, "RANK", 1)
+    monkeypatch.setattr(model, "gather", Mock(side_effect=EOFError))  # where it waits for process 0
+    monkeypatch.setattr(os, "walk", lambda *_, **__: pytest.fail("process 1 walks the tree"))
+    with pytest.raises(EOFError):
+        run_stage(stage, f"--data {demo} --model vit_demo", monkeypatch)
 
 
-def test_a_sample_follows_from_seed_epoch_index_and_repeat_alone(demo):
-    dataset = pretrain_dataset(demo)
-    sample = dataset[3, 5]
-    torch.manual_seed(123)
+def test_readers_of_lists_and_mask_types_can_be_added_from_outside(demo, tmp_path, monkeypatch):
+    """A fork changes neither the stages nor data.py: it adds to two tables and runs main()."""
+    for split in ("train", "val"):
+        names = [f"{split}/{path.name}" for path in sorted((demo / split).iterdir())]
+        write(tmp_path, f"{split}.mine", text=";".join(names))
+
+    def read_mine(file, root, split):
+        if file.suffix == ".mine":
+            paths = file.read_text().split(";")
+            return paths, ["odd" if i % 2 else "even" for i in range(len(paths))], None
+
+    monkeypatch.setattr(data, "LIST_READERS", [read_mine, *data.LIST_READERS])
+    first_mask = Mock(side_effect=lambda grid, ratio, generator=None: torch.arange(32.0))
+    monkeypatch.setitem(model.MASK_TYPES, "mine", first_mask)
+    line = f"{SMALL} 0 --data {tmp_path} --videos {demo} --output_dir {tmp_path}"
+    run_stage(mae_pretrain, f"{line}/mae --mask_type mine --mask_ratio 0.5", monkeypatch)
+    assert first_mask.call_count >= 8 and first_mask.call_args.args == ((8, 2, 2), 0.5)
+    run_stage(finetune_cls, f"{line}/cls --init {tmp_path}/mae/checkpoint.pt", monkeypatch)
+    saved = torch.load(tmp_path / "cls" / "checkpoint.pt", weights_only=True)
+    assert saved["args"]["class_names"] == ["even", "odd"]
+
+
+# -------------------------------------------------------------------------------------- sampling
+
+
+def clips_of(folder, line="", **more):
+    """The clips of pre-training with the flags given; masks have 8 tokens."""
+    args = mae_pretrain.parse_args(f"--data {folder} --img_size 32 --dataset x {line}".split())
+    return ClipDataset(find_videos(folder), args, lambda: torch.rand(8), **more)
+
+
+def test_segments_give_a_frame_each_at_random_and_the_middle_in_tests(demo):
+    clips = clips_of(demo, "--dataset ssv2")
+    drawn = np.array([clips.times(8.0, seed) for seed in range(50)])
+    assert (np.floor(drawn / 0.5) == np.arange(16)).all() and drawn.std(0).min() > 0.1
+    views = MultiViewDataset(clips.videos, clips.args, (1, 3))
+    np.testing.assert_allclose(views.times(8.0), [np.arange(16) * 0.5 + 0.25])
+
+
+def test_a_sample_follows_from_seed_epoch_index_and_repeat_alone(demo, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda _: pytest.fail("seeds all devices"))
+    clips = clips_of(demo)
+    sample = clips[3, 5]
+    torch.default_generator.manual_seed(123)
     before = torch.get_rng_state()
-    dataset[0, 1]
-    again = dataset[3, 5]
-    assert torch.equal(torch.get_rng_state(), before)  # the training's own randomness is left alone
-    assert torch.equal(sample["video"], again["video"]) and torch.equal(sample["noise"], again["noise"])
+    clips[0, 1]
+    monkeypatch.setattr(av, "open", Mock(side_effect=av.open))
+    again = clips[3, 5]
+    assert av.open.call_count == 1  # for four clips
+    assert torch.equal(torch.get_rng_state(), before)  # the training's own draws are left alone
     assert sample["video"].shape == (4, 16, 32, 32, 3) and sample["video"].dtype == torch.uint8
-    for other in (dataset[4, 5], dataset[3, 6], pretrain_dataset(demo, seed=1)[3, 5]):
-        assert not torch.equal(sample["video"], other["video"]) and not torch.equal(sample["noise"], other["noise"])
-    for a in range(4):
-        for b in range(a):
-            assert not torch.equal(sample["video"][a], sample["video"][b])
-            assert not torch.equal(sample["noise"][a], sample["noise"][b])
-    assert torch.equal(sample["video"][:2], pretrain_dataset(demo, repeats=2)[3, 5]["video"])
+    for name in ("video", "noise"):
+        assert torch.equal(sample[name], again[name])
+        for other in (clips[4, 5], clips[3, 6], clips_of(demo, "--seed 1")[3, 5]):
+            assert not torch.equal(sample[name], other[name])
+        assert len({value.numpy().tobytes() for value in sample[name]}) == 4
+    assert torch.equal(sample["video"][:2], clips_of(demo, "--repeat_aug 2")[3, 5]["video"])
 
 
-def test_repeated_sampling_opens_a_file_once(demo, monkeypatch):
-    opened = []
-    original = av.open
-    monkeypatch.setattr(av, "open", lambda *args, **kwargs: opened.append(args[0]) or original(*args, **kwargs))
-    pretrain_dataset(demo)[0, 0]
-    assert len(opened) == 1
+def test_repeats_differ_in_place_crop_and_flip_as_in_table_5a(demo, monkeypatch):
+    clips, clip_times, to_clip = clips_of(demo, "--repeat_aug 2"), data.clip_times, data.to_clip
+    places, cuts = [], []
+    monkeypatch.setattr(data, "clip_times", lambda *a: places.append(a[3]) or clip_times(*a))
+    monkeypatch.setattr(data, "to_clip", lambda *a: cuts.append(a[2:]) or to_clip(*a))
+    for epoch in range(100):
+        clips[epoch, epoch % 8]
+    boxes, flips = (np.array(part) for part in zip(*cuts))
+    assert (boxes[::2] != boxes[1::2]).any(1).all() and 75 <= flips.sum() <= 125
+    assert 35 <= (flips[::2] != flips[1::2]).sum() <= 65
+    area, ratio = boxes[:, 2] * boxes[:, 3] / (48 * 56), boxes[:, 3] / boxes[:, 2]
+    assert 0.48 < area.min() < 0.6 and 0.9 < area.max() < 1.01
+    assert 0.73 < ratio.min() < 0.8 and 1.25 < ratio.max() < 1.36
+    assert min(places) < 0.05 and max(places) > 0.95
+    assert abs(np.corrcoef(places, area)[0, 1]) < 0.2  # one says nothing of the other
 
 
-def test_crops_and_flips_are_those_of_table_5a(demo, monkeypatch):
-    boxes, original = [], data.to_clip
-
-    def spy(frames, size, box=None, flip=False):
-        boxes.append(box)
-        return original(frames, size, box, flip)
-
-    monkeypatch.setattr(data, "to_clip", spy)
-    dataset = pretrain_dataset(demo)
-    for epoch in range(40):
-        dataset[epoch, epoch % 8]
-    area = np.array([height * width / (48 * 56) for _, _, height, width in boxes])
-    ratio = np.array([width / height for _, _, height, width in boxes])
-    assert area.min() > 0.48 and area.max() < 1.01 and area.std() > 0.1
-    assert ratio.min() > 0.73 and ratio.max() < 1.36 and ratio.std() > 0.1
-    # With the whole frame as crop, every other clip is the mirror image of what it is without flips.
-    flipped = [pretrain_dataset(demo, crop=(1.0, 1.0), hflip=flip)[0, i]["video"] for i in range(8) for flip in (0, 1)]
-    flips = [torch.equal(a[k].flip(2), b[k]) for a, b in zip(flipped[::2], flipped[1::2]) for k in range(4)]
-    same = [torch.equal(a[k], b[k]) for a, b in zip(flipped[::2], flipped[1::2]) for k in range(4)]
-    assert all(f or s for f, s in zip(flips, same)) and 8 <= sum(flips) <= 24
+def test_erasing_cuts_the_same_box_from_all_frames(demo):
+    line, grey = "--repeat_aug 1 --crop_scale 1 1 --no-hflip", round(255 * model.PIXEL_MEAN)
+    flags = [argparse.Namespace(rand_augment=[0, 0], random_erasing=p) for p in (0.0, 1.0)]
+    clips = (clips_of(demo, line, augment=finetune_cls.augmentation(args)) for args in flags)
+    plain, erased = (clip[0, 0]["video"][0] for clip in clips)
+    gone, box = (erased != plain).any(-1), (erased == grey).all(-1).all(0)
+    assert gone.any() and (erased[gone] == grey).all() and not (gone & ~box).any()
+    assert box.sum() == box.any(1).sum() * box.any(0).sum() < box.numel()
 
 
-def test_where_a_clip_lies_says_nothing_of_its_crop(demo, monkeypatch):
-    places, areas, original = [], [], data.clip_times
-
-    def to_clip(frames, size, box, flip):
-        areas.append(box[2] * box[3])
-        return torch.zeros(len(frames), *size, 3, dtype=torch.uint8)
-
-    monkeypatch.setattr(data, "to_clip", to_clip)
-    monkeypatch.setattr(data, "clip_times", lambda *args: places.append(args[3]) or original(*args))
-    dataset = pretrain_dataset(demo)
-    for epoch in range(60):
-        dataset[epoch, epoch % 8]
-    assert len(places) == 240 and abs(np.corrcoef(places, areas)[0, 1]) < 0.2
-
-
-# -------------------------------------------------------------------------------------------------------- batches
+def test_views_cover_the_video_and_touch_both_edges(demo):
+    clips = clips_of(demo)
+    views, one = (MultiViewDataset(clips.videos, clips.args, n) for n in ((7, 3), (1, 1)))
+    times = np.array(views.times(10.0))
+    np.testing.assert_allclose(np.diff(times), 4 / 30)  # 16 frames, every 4th of 30 fps
+    np.testing.assert_allclose(times[:, 0], np.linspace(0, 10 - 64 / 30, 7))
+    assert one.times(10.0)[0][0] == pytest.approx((10 - 64 / 30) / 2)
+    assert not np.array(views.times(1.0))[:, 0].any()  # too short: from its start
+    assert views.boxes(240, 320) == [(0, x, 240, 240) for x in (0, 40, 80)]
+    assert views.boxes(320, 240) == [(y, 0, 240, 240) for y in (0, 40, 80)]
+    assert one.boxes(240, 320) == [(0, 40, 240, 240)]
+    assert views[0]["video"].shape == (21, 16, 32, 32, 3)
 
 
-def test_each_pass_holds_each_video_once_whatever_the_processes():
-    def order(world, micro_batch, start=0):
+# --------------------------------------------------------------------------------------- batches
+
+
+def test_each_pass_holds_each_video_once_whatever_the_processes(monkeypatch):
+    def steps_of(world, start=0):
+        monkeypatch.setattr(data, "WORLD", world)
         steps = [[] for _ in range(6)]
         for rank in range(world):
-            batches = list(data.Stream(7, 4, micro_batch, rank, world, 0, start, 6))
-            per_step = len(batches) // (6 - start)
-            assert len(batches) == (6 - start) * 4 // world // micro_batch
-            for i, batch in enumerate(batches):
-                steps[start + i // per_step] += batch
+            monkeypatch.setattr(data, "RANK", rank)
+            order = StepSampler(7, argparse.Namespace(seed=0, batch_size=4), start, 6)
+            keys = iter(order)
+            for step in range(start, 6):
+                steps[step] += (again := order.keys(step, rank))
+                assert again == [next(keys) for _ in again]  # what a bad step is named by
         return steps
 
-    steps = order(1, 4)
+    steps = steps_of(1)
+    assert steps_of(2) == steps_of(4) == steps and steps_of(1, start=3)[3:] == steps[3:]
     places = [place for step in steps for place in step]
-    for epoch in range(3):
-        assert Counter(index for e, index in places if e == epoch) == Counter(range(7))
-    assert [i for e, i in places if e == 0] != [i for e, i in places if e == 1]
-    assert order(2, 2) == steps and order(2, 1) == steps and order(4, 1) == steps
-    assert order(1, 4, start=3)[3:] == steps[3:]
+    passes = [[index for epoch, index in places if epoch == n] for n in range(3)]
+    assert all(sorted(part) == list(range(7)) for part in passes) and passes[0] != passes[1]
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_the_number_of_workers_changes_nothing(demo, workers):
-    def batches(workers):
-        stream = data.Stream(8, 4, 2, 0, 1, 0, 0, 3)
-        args = argparse.Namespace(num_workers=workers)
-        return list(data.make_loader(pretrain_dataset(demo), stream, args, torch.device("cpu")))
-
-    for a, b in zip(batches(0), batches(workers), strict=True):
-        assert a["index"] == b["index"] and a["video"].shape == (8, 3, 16, 32, 32)
-        assert torch.equal(a["video"], b["video"]) and torch.equal(a["noise"], b["noise"])
-
-
-def test_a_video_that_fails_is_replaced_named_once_and_counted(demo, tmp_path):
-    names = sorted(os.listdir(demo / "train"))
-    (tmp_path / "broken.mp4").write_bytes(b"broken")
-    (tmp_path / "train.csv").write_text("\n".join(["broken.mp4 0"] + [f"{demo}/train/{name} 0" for name in names]))
-    dataset = pretrain_dataset(tmp_path)
-    sample = dataset[0, 0]
-    assert sample["index"] == 0 and [index for index, _ in sample["failures"]] == [0]
-    assert "cannot be opened" in sample["failures"][0][1]
-    assert torch.equal(sample["video"], dataset[0, 0]["video"])  # always the same replacement
-    assert dataset[0, 1]["failures"] == []
-
-    failures = data.Failures(tmp_path / "failures.log", dataset.videos, limit=1)
-    failures.add([(0, "no"), (0, "no"), (0, "no")])
-    assert (tmp_path / "failures.log").read_text() == f"{tmp_path}/broken.mp4\tno\n"
-    with pytest.raises(data.VideoError, match=r"2 of 9 videos cannot be used, more than --max_failures 1"):
-        failures.add([(3, "neither")])
-    assert data.Failures(tmp_path / "failures.log", dataset.videos, 2, resumed=True).known == failures.known
-    again = data.Failures(tmp_path / "failures.log", dataset.videos, 1, resumed=True)  # repaired: it can go on
-    again.add([])
-    again.add([(0, "still")])
-    assert (tmp_path / "failures.log").read_text() == f"{tmp_path}/broken.mp4\tstill\n"
-    assert data.Failures(tmp_path / "failures.log", dataset.videos, 1).known == set()
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_batches_follow_from_their_keys_whatever_the_workers(workers, demo):
+    """Neighbours are clips of different videos: MixUp and CutMix mix each clip with the next."""
+    clips = clips_of(demo, f"--batch_size 4 --repeat_aug 2 --num_workers {workers}")
+    batches = Batches(clips, 4, torch.device("cpu"), 0, 3)
+    for step in range(3):
+        batch, keys = next(batches), batches.order.keys(step, 0)
+        assert batch["video"].shape == (8, 3, 16, 32, 32) and len(set(keys)) == 4
+        for i, key in enumerate(keys * 2):
+            sample = clips[key]
+            assert torch.equal(batch["video"][i].permute(1, 2, 3, 0), sample["video"][i // 4])
+            assert torch.equal(batch["noise"][i], sample["noise"][i // 4])
+            assert batch["label"][i] == clips.videos.labels[key[1]]
 
 
-def test_a_broken_video_may_have_any_bytes_for_a_name(tmp_path):
-    touch(tmp_path, os.fsdecode(b"caf\xe9.mp4"), "b.mp4")
-    videos = data.find_videos(tmp_path)
-    for resumed in False, True:  # named once
-        data.Failures(tmp_path / "failures.log", videos, 5, resumed).add([(0, "no"), (1, "no"), (0, "no")])
-    assert (tmp_path / "failures.log").read_text() == f"{tmp_path}/b.mp4\tno\n{tmp_path}/caf\\udce9.mp4\tno\n"
+@contextlib.contextmanager
+def no_child_left():
+    """Fail if a process is left at the end, before any garbage collection."""
+    gc.disable()
+    try:
+        yield
+        assert multiprocessing.active_children() == []
+    finally:
+        gc.enable()
+
+
+class Samples(list):
+    """A data set of samples; those that are errors are raised."""
+
+    args = argparse.Namespace(num_workers=2)
+
+    def __getitem__(self, index):
+        if isinstance(sample := super().__getitem__(index), Exception):
+            raise sample
+        return sample
+
+
+def test_workers_end_with_their_generator(demo):
+    numbers = Samples(range(100))
+    with no_child_left():
+        samples = data.load_samples(numbers, numbers)
+        assert [next(samples), next(samples), len(multiprocessing.active_children())] == [0, 1, 2]
+        samples.close()
+    with no_child_left():
+        clips = clips_of(demo, "--batch_size 4 --num_workers 2")
+        batches = Batches(clips, 4, torch.device("cpu"), 0, 3)
+        next(batches)
+        batches.close()
+
+
+def test_workers_end_when_an_error_leaves_their_generator(tmp_path):
+    write(tmp_path, "a.mp4", "b.mp4")
+    told = r"^20 videos in a row cannot be used:\n  .*\.mp4: cannot be opened"
+    broken, bug = clips_of(tmp_path, "--num_workers 2"), Samples([0, 1, KeyError("a bug")])
+    with no_child_left(), pytest.raises(VideoError, match=told):
+        list(data.load_samples(broken, [(0, 0)] * 50))
+    with no_child_left(), pytest.raises(KeyError, match="a bug"):
+        list(data.load_samples(bug, [0, 1, 2] * 50))
 
 
 @pytest.mark.parametrize("length", [1, 20, 60, 61, 62, 63])
 def test_in_a_test_all_processes_meet_equally_often(length, monkeypatch):
-    """Else they would wait for one another without end; and never for long, however many videos there are."""
-    videos, meetings, seen = [{"index": i} for i in range(length)], [], []
+    """Else they would wait for one another without end."""
+    samples, meetings, found = Samples({"index": i} for i in range(length)), [], {}
+    samples[length // 2]["failure"] = "no"
+    samples.args = argparse.Namespace(num_workers=0)
+    monkeypatch.setattr(data, "WORLD", 3)
+    monkeypatch.setattr(data, "gather", lambda value: meetings.append(1) or [value or ({}, {})])
     for rank in range(3):
-        monkeypatch.setattr(data, "gather", lambda value, rank=rank: meetings.append(rank) or [value])
-        data.each_once(videos, argparse.Namespace(num_workers=0), rank, 3, lambda sample: seen.append(sample["index"]))
-    assert sorted(seen) == list(range(length))
-    assert {meetings.count(rank) for rank in range(3)} == {math.ceil(math.ceil(length / 3) / 20) + 1}
+        monkeypatch.setattr(data, "RANK", rank)
+        values, failures = data.run_test(samples, lambda sample: sample["index"] ** 2)
+        found |= values | failures
+    assert found == {i: i**2 for i in range(length)} | {length // 2: "no"}
+    assert len(meetings) == 3 * (1 + math.ceil(math.ceil(length / 3) / 20))
 
 
-def test_a_list_of_broken_videos_ends_with_a_reason(tmp_path):
-    touch(tmp_path, "a.mp4", "b.mp4")
-    with pytest.raises(data.VideoError, match=r"20 videos in a row cannot be used:\n  .*\.mp4: cannot be opened"):
-        pretrain_dataset(tmp_path)[0, 0]
+# -------------------------------------------------------------------------------------- failures
 
 
-def test_a_loader_that_fails_ends_with_its_error(tmp_path):
-    """Not when the garbage collector comes by: it closes the queues before the threads that still write to them."""
-    touch(tmp_path, "a.mp4", "b.mp4")
-    args = argparse.Namespace(num_workers=2)
-    loader = data.make_loader(pretrain_dataset(tmp_path), [[(0, 0)]], args, torch.device("cpu"))
-    gc.collect()
-    gc.disable()
-    try:
-        with pytest.raises(data.VideoError, match="20 videos in a row"):
-            next(data.each(loader))
-        left = [type(thing).__name__ for thing in gc.get_objects()]
-    finally:
-        gc.enable()
-    assert "_MultiProcessingDataLoaderIter" not in left
+def test_a_broken_video_is_replaced_always_by_the_same_and_named_once(demo, tmp_path, monkeypatch):
+    folder = tmp_path / "videos"
+    write(folder, os.fsdecode(b"caf\xe9.mp4"))  # any bytes may be a name
+    for path in (demo / "train").iterdir():
+        (folder / path.name).symlink_to(path)
+    clips, line = clips_of(folder), f"{SMALL} 0 --data {folder} --output_dir {tmp_path}/run"
+    sample = clips[0, 0]
+    assert [index for index, _ in sample["failures"]] == [0] and not clips[0, 1]["failures"]
+    assert torch.equal(sample["video"], clips[0, 0]["video"])
+    assert not torch.equal(sample["video"], clips[1, 0]["video"])
+    run_stage(mae_pretrain, f"{line} --epochs 4 --log_interval 1", monkeypatch)
+    (named,) = (tmp_path / "run" / "failures.log").read_text().splitlines()
+    assert named.startswith(f"{folder}/caf\\xe9.mp4\tcannot be opened")
+    with pytest.raises(InputError, match=r"1 of 9 videos .*--max_failures 0; .*failures.log"):
+        run_stage(mae_pretrain, f"{line} --no-resume --max_failures 0", monkeypatch)
 
 
-@pytest.mark.parametrize("videos, limit", [(20, 4), (1000, 10), (240_000, 2400)])
-def test_default_of_max_failures_fits_short_and_long_lists(videos, limit, tmp_path):
-    assert data.Failures(tmp_path / "f", range(videos)).limit == limit
+def test_the_default_of_max_failures_fits_short_and_long_lists(tmp_path):
+    args = argparse.Namespace(output_dir=tmp_path, max_failures=None)
+    for videos, limit in ((20, 4), (1000, 10), (24_000, 240)):
+        names = data.VideoList("mine", ".", [f"{i}.mp4" for i in range(videos)])
+        run = model.Run(args, names, None, 0, 1)
+        run.note_failures([(i, "no") for i in range(limit)] * 2)
+        with pytest.raises(InputError, match=f"{limit + 1} of {videos} videos"):
+            run.note_failures([(limit, "no")])
 
 
-# ----------------------------------------------------------------------------------------------------------- demo
+# ------------------------------------------------------------------------------------------ demo
 
 
 def test_the_demo_is_real_files_in_the_official_layout_made_once(tmp_path, monkeypatch):
-    monkeypatch.setitem(data.DEMO_VIDEOS, "kinetics", dict(train=24, val=12))
-    data.make_demo("kinetics", tmp_path)
-    folder = tmp_path / "kinetics"
-    videos = data.find_videos(folder, need_labels=True)
-    assert len(videos) == 24 and len(data.find_videos(folder, "val")) == 12
-    assert videos.class_names == sorted(data.DEMO_SHAPES)
+    files, parts = set(), {part: dict(train=48, val=2) for part in ("unlabelled", "kinetics")}
+    monkeypatch.setattr(data, "DEMO_VIDEOS", parts)
+    write_scenes, all_tasks = data.write_scenes, []
+
+    def spy(tasks):
+        write(tmp_path / part, "VERSION", text="another run's, which is done meanwhile")
+        all_tasks.append(tasks)
+        return write_scenes(tasks)
+
+    monkeypatch.setattr(data, "write_scenes", spy)
+    for part in parts:
+        data.make_demo(part, tmp_path)
+        for split, count in parts[part].items():
+            videos = find_videos(tmp_path / part, split)
+            assert len(videos) == count and (videos.labels is None) == (part == "unlabelled")
+            files |= {Path(videos.path(i)).read_bytes() for i in range(count)}
+    assert len(files) == 100  # all different
     with av.open(videos.path(0)) as container:
         assert container.streams.video[0].codec_context.name == "h264"
-    made = os.stat(videos.path(0)).st_mtime_ns
-    data.make_demo("kinetics", tmp_path)
-    assert os.stat(videos.path(0)).st_mtime_ns == made
-
-
-def test_the_demos_unlabelled_videos_are_a_folder_and_none_of_the_labelled_ones(tmp_path, monkeypatch):
-    for part in data.DEMO_VIDEOS:
-        monkeypatch.setitem(data.DEMO_VIDEOS, part, dict(train=48, val=2))
-        data.make_demo(part, tmp_path)
-    lists = [data.find_videos(tmp_path / part, split) for part in data.DEMO_VIDEOS for split in ("train", "val")]
-    assert [len(videos) for videos in lists] == [48, 2, 48, 2] and lists[0].labels is None
-    files = {Path(videos.path(i)).read_bytes() for videos in lists for i in range(len(videos))}
-    assert len(files) == 100
-
-
-def test_a_shape_says_nothing_of_the_motion(tmp_path, monkeypatch):
-    """Else a classifier could tell the demo's classes by how they move."""
-    monkeypatch.setattr(data, "make_videos", lambda write, tasks: seen.extend(tasks))
-    seen = []
-    data.make_demo_videos("kinetics", tmp_path)
-    pairs = {(shape, motion) for path, shape, motion, _ in seen if "train" in path}
-    assert pairs == {(shape, motion) for shape in data.DEMO_SHAPES for motion in data.DEMO_MOTIONS}
-
-
-def test_sampling_leaves_the_other_devices_generators_alone(demo, monkeypatch):
-    """torch.manual_seed takes a stack trace for each device that is not in use: a sixth of the demo's loading time."""
-    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("all devices were seeded"))
-    pretrain_dataset(demo)[0, 0]
-
-
-def test_two_runs_that_make_the_demo_at_once_leave_one_whole(tmp_path, monkeypatch):
-    monkeypatch.setitem(data.DEMO_VIDEOS, "kinetics", dict(train=8, val=2))
-    make = data.make_demo_videos
-
-    def meanwhile(part, folder):
-        make(part, folder)
-        shutil.copytree(folder, tmp_path / part)  # the other run is done
-        (tmp_path / part / "VERSION").write_text(data.DEMO_VERSION)
-
-    monkeypatch.setattr(data, "make_demo_videos", meanwhile)
-    data.make_demo("kinetics", tmp_path)
-    assert os.listdir(tmp_path) == ["kinetics"] and len(data.find_videos(tmp_path / "kinetics")) == 8
+    pairs = {scene["things"][0][:2] for _, scene in all_tasks[1]}
+    assert len(pairs) == 8 * 6  # a shape says nothing of its motion
+    assert sorted(os.listdir(tmp_path)) == ["kinetics", "unlabelled"]
+    monkeypatch.setattr(data, "write_scenes", Mock(side_effect=EOFError))
+    data.make_demo("kinetics", tmp_path)  # it is there
+    write(tmp_path, "kinetics/VERSION", text="another")
+    with pytest.raises(EOFError):
+        data.make_demo("kinetics", tmp_path)

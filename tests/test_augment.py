@@ -1,0 +1,150 @@
+"""RandAugment changes a clip as timm's rand-m9-mstd0.5-inc1 changes a picture."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+
+SIDE = 32
+Y, X = torch.meshgrid(torch.arange(SIDE) + 0.5, torch.arange(SIDE) + 0.5, indexing="ij")
+
+
+def ramps(y, x):
+    """Red tells the column; green, the row, has all 256 values; blue is not known."""
+    return torch.stack([17 + 6 * x, (8 * y - 4 + x / 4).floor(), torch.full_like(x, torch.nan)])
+
+
+PICTURE = torch.stack([*ramps(Y, X)[:2], 40 + 200 * ((X + Y) % 2)])
+RED, GREEN, BLUE = PICTURE
+DARKEST, BRIGHTEST = PICTURE.amin((1, 2), True), PICTURE.amax((1, 2), True)
+LUMA = 0.299 * RED + 0.587 * GREEN + 0.114 * BLUE
+KERNEL = torch.tensor([[1.0, 1, 1], [1, 5, 1], [1, 1, 1]]).expand(3, 1, 3, 3) / 13
+BLURRED = F.pad(F.conv2d(PICTURE, KERNEL, groups=3), (1, 1, 1, 1), value=torch.nan)
+
+
+def blend(other, amount):
+    return other + (PICTURE - other) * (1 + amount)
+
+
+def from_places(y, x):
+    """What lies at these places of the picture; grey outside, not known at the border."""
+    outside = torch.maximum((x - SIDE / 2).abs(), (y - SIDE / 2).abs()) - SIDE / 2
+    border = torch.where(outside.abs() < 1, torch.nan, 0)
+    return torch.where(outside > 0, 128, ramps(y, x)) + border
+
+
+def rotated(degrees):
+    turn = torch.polar(torch.tensor(1.0), torch.tensor(degrees).deg2rad())
+    places = torch.complex(X - SIDE / 2, Y - SIDE / 2) * turn
+    return from_places(places.imag + SIDE / 2, places.real + SIDE / 2)
+
+
+MAGNITUDES = (0, 5, 9, 10)
+ALWAYS = (None,) * 4
+FACTORS = (0.0, 0.45, 0.81, 0.9)
+SLOPES = (0.0, 0.15, 0.27, 0.3)
+SHIFTS = (0.0, 0.225, 0.405, 0.45)
+ONE_WAY = {  # name: its amounts at these magnitudes, and what an amount makes of the picture
+    "AutoContrast": (ALWAYS, lambda _: (PICTURE - DARKEST) * 255 / (BRIGHTEST - DARKEST)),
+    "Equalize": (ALWAYS, lambda _: torch.stack([(32 * X - 15) // 3, GREEN, 255.0 * (BLUE > 40)])),
+    "Invert": (ALWAYS, lambda _: 255 - PICTURE),
+    "Posterize": ((4, 2, 1, 0), lambda bits: PICTURE // 2 ** (8 - bits) * 2 ** (8 - bits)),
+    "Solarize": ((256, 128, 26, 0), lambda t: PICTURE.where(PICTURE.lt(t), 255 - PICTURE)),
+    "SolarizeAdd": ((0, 55, 99, 110), lambda add: PICTURE + add * (PICTURE < 128)),
+}
+BOTH_WAYS = {
+    "Rotate": ((0.0, 15.0, 27.0, 30.0), rotated),
+    "Color": (FACTORS, lambda factor: blend(LUMA, factor)),
+    "Contrast": (FACTORS, lambda factor: blend(LUMA.mean(), factor)),
+    "Brightness": (FACTORS, lambda factor: blend(0, factor)),
+    "Sharpness": (FACTORS, lambda factor: blend(BLURRED, factor)),
+    "ShearX": (SLOPES, lambda slope: from_places(Y, X + slope * Y)),
+    "ShearY": (SLOPES, lambda slope: from_places(Y + slope * X, X)),
+    "TranslateX": (SHIFTS, lambda share: from_places(Y, X + share * SIDE)),
+    "TranslateY": (SHIFTS, lambda share: from_places(Y + share * SIDE, X)),
+}
+OPERATIONS = ONE_WAY | BOTH_WAYS
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("magnitude", MAGNITUDES)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_each_operation_is_as_strong_as_its_magnitude_says(name, magnitude, sign):
+    m, clip = magnitude / 10, PICTURE.byte()[None]
+    result = data.RAND_AUGMENT[name](clip, m, sign * m)[0]
+    amounts, expected = OPERATIONS[name]
+    amount = amounts[MAGNITUDES.index(magnitude)]
+    wanted = expected(sign * amount if name in BOTH_WAYS else amount)
+    if name in ("Rotate", "TranslateX", "TranslateY"):  # which way is which does not matter
+        wanted = expected(-sign * amount)
+    error = (result - wanted.clamp(0, 255)).nan_to_num(0).abs()
+    assert error.max() < 2  # rounding
+
+
+def noise_pictures(n, side):
+    """Pictures of 1/f noise, the three colours alike in part: uint8 (n, 3, side, side)."""
+    torch.manual_seed(0)
+    frequency = torch.hypot(torch.fft.fftfreq(side)[:, None], torch.fft.rfftfreq(side)[None])
+    white = 0.8 * torch.randn(n, 1, side, side) + 0.6 * torch.randn(n, 3, side, side)
+    noise = torch.fft.irfft2(torch.fft.rfft2(white) / frequency.clamp(min=1 / side))
+    noise = (noise - noise.mean((1, 2, 3), keepdim=True)) / noise.std((1, 2, 3), keepdim=True)
+    return (120 + 48 * noise).round().clamp(0, 255).byte()
+
+
+def test_pictures_change_as_much_as_with_the_official_operations():
+    augment, pictures = data.RandAugment(9, 0.5), noise_pictures(400, 48)
+    augmented = torch.cat([augment(picture[None]) for picture in pictures])
+    change = (augmented.int() - pictures).abs().float().mean((1, 2, 3))
+    assert 0.20 <= (change == 0).float().mean() <= 0.34  # timm's: 29 %
+    assert 28 <= change.mean() <= 42  # timm's: 36.5
+
+
+def test_all_frames_of_a_clip_are_changed_alike():
+    clip = noise_pictures(4, 32).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # as decoded
+    augment = data.RandAugment(9, 0.5)
+    for seed in range(60):
+        torch.manual_seed(seed)
+        result = augment(clip)
+        assert (result.shape, result.dtype) == (clip.shape, torch.uint8)
+        for frame, alone in zip(result, clip):
+            torch.manual_seed(seed)
+            assert torch.equal(frame, augment(alone[None])[0])
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What 4000 calls apply: for each a list of (operation, magnitude with its sign)."""
+    everything = []
+    operations = {
+        name: lambda clip, m, s, name=name: everything[-1].append((name, 10 * s)) or clip
+        for name in OPERATIONS
+    }
+    monkeypatch.setattr(data, "RAND_AUGMENT", operations)
+    torch.manual_seed(0)
+    for _ in range(4000):
+        everything.append([])
+        data.RandAugment(9, 0.5)(torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
+    return everything
+
+
+def test_two_operations_are_drawn_uniformly_with_replacement_and_each_applied_half_the_time(calls):
+    for count, share in enumerate((0.25, 0.5, 0.25)):
+        assert sum(len(call) == count for call in calls) / 4000 == pytest.approx(share, abs=0.03)
+    names = [name for call in calls for name, _ in call]
+    for name in OPERATIONS:
+        assert names.count(name) / len(names) == pytest.approx(1 / 15, abs=0.015)
+    pairs = [call for call in calls if len(call) == 2]
+    assert sum(a[0] == b[0] for a, b in pairs) / len(pairs) == pytest.approx(1 / 15, abs=0.03)
+
+
+def test_each_operation_draws_a_magnitude_around_nine_that_is_clipped_at_ten(calls):
+    magnitudes = torch.tensor([magnitude for call in calls for _, magnitude in call])
+    assert (magnitudes < 0).float().mean().item() == pytest.approx(0.5, abs=0.03)
+    magnitudes = magnitudes.abs()
+    assert magnitudes.median().item() == pytest.approx(9, abs=0.05)
+    assert magnitudes.quantile(0.16).item() == pytest.approx(8.5, abs=0.05)
+    assert magnitudes.max() == 10
+    first, second = torch.tensor([[abs(m) for _, m in call] for call in calls if len(call) == 2]).T
+    assert (first != second).float().mean() > 0.95  # both are clipped now and then
+    assert torch.corrcoef(torch.stack([first, second]))[0, 1].abs() < 0.15

@@ -1,0 +1,363 @@
+"""AVA: the official figure, the files as they are distributed, and clips around keyframes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import encode, noise_frames
+from torchvision.ops import box_iou
+
+import data
+import finetune_ava
+from model import InputError
+
+OFFICIAL = Path(__file__).parent / "golden_ava"
+SHARED = Path(__file__).parents[2] / "shared" / "ava"
+# The 60 of AVA's 80 actions that are evaluated, in the order of the official list.
+EVALUATED = [1, *range(3, 16), 17, 20, 22, 24, *range(26, 31), 34, *range(36, 39), 41, 43]
+EVALUATED += [*range(45, 50), 51, 52, 54, *range(56, 71), *range(72, 75), *range(76, 81)]
+
+
+def parse(line):
+    return finetune_ava.parse_args(["--data", "x", "--model", "vit_demo", *line.split()])
+
+
+def write_csv(path, *rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(",".join(map(str, row)) + "\n" for row in rows))
+    return path
+
+
+# ---------------------------------------------------------------------------- the official figure
+
+
+@pytest.fixture
+def score(tmp_path, monkeypatch, capsys):
+    """Score by the command line: what it prints, as {name: text}."""
+
+    def score(truth, detections, names, excluded=""):
+        items = "".join(f'item {{\n  name: "{name}"\n  id: {i}\n}}\n' for i, name in names.items())
+        (tmp_path / "list.pbtxt").write_text(items)
+        line = f"--score {detections} --ground_truth {truth} --action_list {tmp_path}/list.pbtxt"
+        monkeypatch.setattr("sys.argv", ["finetune_ava.py", *line.split(), *excluded.split()])
+        finetune_ava.main()
+        *classes, last = capsys.readouterr().out.splitlines()
+        found = dict(reversed(line.strip().split("  ")) for line in classes)
+        return found | {"mAP": last.removeprefix("mAP@0.5IOU: ")}
+
+    return score
+
+
+@pytest.mark.parametrize("excluded, figure", [(True, "0.311734"), (False, "0.301614")])
+def test_the_figures_are_the_official_evaluators(excluded, figure, score):
+    expected = json.loads((OFFICIAL / "expected.json").read_text())["per_class"]
+    line = f"--excluded {OFFICIAL}/excluded_timestamps.csv" * excluded
+    names = dict(zip(EVALUATED, expected, strict=True))
+    found = score(OFFICIAL / "gt.csv", OFFICIAL / "detections.csv", names, line)
+    assert found.pop("mAP") == figure and list(found) == list(expected)
+    for name, ap in expected.items() if excluded else ():
+        assert found[name] == ("not there" if ap is None else f"{ap:.6f}")
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared: the public list of actions")
+def test_the_evaluated_actions_are_those_of_the_public_list():
+    actions = data.read_action_list(next(SHARED.glob("*.pbtxt")))
+    assert list(actions) == EVALUATED
+    assert actions[80] == "watch (a person)" and actions[1] == "bend/bow (at the waist)"
+
+
+def plain_average_precision(truth, detections, action):
+    """The official protocol a row at a time: video, second, x1, y1, x2, y2, action, score."""
+    people, frames = {}, {row[:2]: [] for row in detections}  # frames in the order of the file
+    for rows, of in ((truth, people), (detections, frames)):
+        for video, second, *box, number, score in rows:
+            if number == action:
+                box = torch.from_numpy(np.array([box]))
+                of.setdefault((video, second), []).append((box, score))
+    scores, right = [], []
+    for key, found in frames.items():
+        matched = set()
+        for i in np.argsort([score for _, score in found])[::-1]:
+            overlaps = [box_iou(found[i][0], box).item() for box, _ in people.get(key, ())]
+            best = int(np.argmax([*overlaps, 0.5 - 1e-9]))  # the last: none of them
+            scores.append(found[i][1])
+            right.append(best < len(overlaps) and best not in matched)
+            matched.add(best)
+    right = np.array(right)[np.argsort(scores)[::-1]]
+    precision = [right[: i + 1].mean() for i in np.flatnonzero(right)]
+    return sum(max(precision[i:]) for i in range(len(precision))) / sum(map(len, people.values()))
+
+
+@pytest.mark.parametrize("digits", [1, 2, 6])
+def test_equal_scores_are_ordered_as_the_official_evaluator_has_them(digits, score, tmp_path):
+    rng, all_rows = np.random.RandomState(digits), []
+    for count in (300, 3000):  # of truth, and of detections
+        rows = []
+        for frame in rng.randint(0, 60, count):
+            x, y = rng.randint(0, 4) * 0.2 + rng.uniform(0, 0.05, 2)
+            box = x, y, *([x, y] + rng.uniform(0.12, 0.2, 2))
+            rows.append(("a", frame + 902, *box, rng.randint(1, 5), round(rng.rand(), digits)))
+        all_rows.append(rows)
+    files = [write_csv(tmp_path / f"{len(rows)}.csv", *rows) for rows in all_rows]
+    found = score(*files, {i: i for i in range(1, 6)})
+    assert found["5"] == "not there"
+    for action in range(1, 5):
+        expected = plain_average_precision(*all_rows, action)
+        assert found[f"{action}"] == f"{expected:.6f}" and 0.02 < expected < 0.9
+
+
+BOX, BESIDE = (0.1, 0.1, 0.5, 0.5), (0.6, 0.6, 0.9, 0.9)  # of a ground truth
+HALF, LESS = (0.1, 0.1, 0.5, 0.9), (0.1, 0.1, 0.5, 0.91)  # of which BOX is
+CASES = [
+    ([("a", BOX)], 1 / 2),
+    ([("a", HALF)], 1 / 2),
+    ([("a", LESS)], 0),
+    ([], 0),
+    ([("another", BOX), ("a", BOX)], 1 / 2 * 1 / 2),
+    ([("excluded", BOX), ("a", BOX)], 1 / 2),
+    ([("a", BOX), ("a", BOX), ("a", BESIDE)], 1 / 2 + 1 / 2 * 2 / 3),
+]
+
+
+@pytest.mark.parametrize("detections, figure", CASES)
+def test_a_detection_is_right_once_on_its_frame_by_half(detections, figure, score, tmp_path):
+    rows = [(name, 902, *box, 1, 0.9 - 0.1 * i) for i, (name, box) in enumerate(detections)]
+    detected = write_csv(tmp_path / "detected.csv", *rows)
+    truth = write_csv(tmp_path / "t.csv", *(("a", 902, *box, 1, 0) for box in (BOX, BESIDE)))
+    excluded = write_csv(tmp_path / "excluded.csv", ("excluded", 902))
+    found = score(truth, detected, {1: "walk"}, f"--excluded {excluded}")
+    assert float(found["mAP"]) == pytest.approx(figure, abs=1e-6)
+
+
+# -------------------------------------------------------------------------------------- the files
+
+GOOD = ("a", "0902", 0.1, 0.1, 0.5, 0.5, 12, 0)
+WRONG = [  # scored, row, what is said of it
+    (False, GOOD[:5], r"not enough values"),
+    (True, ("a", "0902", 0.1, 0.5, 0.5, 0.5, 12, 0.9), r"no box; expected x1 < x2"),
+    (True, ("a", "0902", 30, 20, 110, 90, 12, 0), r"no box; .*shares of the frame"),
+    (True, ("a", "0902", "nan", 0.1, 0.5, 0.5, 12, 0), r"no box"),
+    (True, (*GOOD[:6], 81, 0), r"action 81 is outside 1\.\.80"),
+    (False, (*GOOD[:6], "", 0), r"action 0 is outside 1\.\.80"),
+    (True, (*GOOD[:6], "walk", 0), r"invalid literal"),
+    (True, ("a", "902 s", *GOOD[2:]), r"could not convert"),
+]
+
+
+@pytest.mark.parametrize("scored, row, error", WRONG)
+def test_rows_that_are_wrong_are_named(scored, row, error, tmp_path):
+    path = write_csv(tmp_path / "boxes.csv", GOOD, row)
+    with pytest.raises(InputError, match=rf"boxes.csv, line 2: .*{error}"):
+        data.read_boxes(path, scored)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """AVA's layout: four movies, and boxes of three of them."""
+    notes, names = tmp_path / "annotations", ["a", "b", "c"]
+    seconds = {"a": (901, 902, 1798, 1799, 1000), "b": (1000,), "c": (1000, 1001)}
+    truth = [(name, f"{t:04d}", *GOOD[2:]) for name in names for t in seconds[name]]
+    truth += [("a", "0902", *GOOD[2:6], 80, 1)]
+    detected = [
+        ("a", "0902", *GOOD[2:6], 5, 0.8),  # what both say of the same box
+        ("b", "1000", 0.2, 0.2, 0.6, 0.6, "", 0.9),
+        ("b", "1002", 0.2, 0.2, 0.6, 0.6, -1, 0.95),
+        ("b", "1003", 0.2, 0.2, 0.6, 0.6, 5, 0.79),
+    ]
+    for split in ("train", "val"):
+        write_csv(notes / f"ava_{split}_v2.1.csv")
+        write_csv(notes / f"ava_{split}_v2.2.csv", *truth)
+        write_csv(notes / f"ava_{split}_excluded_timestamps_v2.2.csv", ("a", 1000), ("d", 902))
+        for end in (f"{split}_boxes_and_labels.csv", f"{split}_boxes_and_labels_v2.2.csv"):
+            write_csv(notes / "person_box_67091280_iou90" / f"ava_detection_{end}", *detected)
+    (notes / "ava_action_list_v2.1_for_activitynet_2018.pbtxt").write_text("")
+    last = notes / "ava_action_list_v2.2_for_activitynet_2019.pbtxt"
+    last.write_text('item {\n  name: "listen to (a person)"\n  id: 74\n}\nitem { name: "x" id: 3 }')
+    for name in "abd":
+        write_csv(tmp_path / "videos" / f"{name}.mkv")
+    return tmp_path
+
+
+def test_files_are_found_by_the_names_they_are_distributed_with(folder):
+    notes, boxes = folder / "annotations", "person_box_67091280_iou90/ava_detection"
+    files = data.find_ava(parse(f"--data {folder}"), "train")
+    assert {what: str(path.relative_to(notes)) for what, path in files.items()} == {
+        "ground_truth": "ava_train_v2.2.csv",
+        "excluded": "ava_train_excluded_timestamps_v2.2.csv",
+        "boxes": f"{boxes}_train_boxes_and_labels_v2.2.csv",
+        "action_list": "ava_action_list_v2.2_for_activitynet_2019.pbtxt",
+    }
+    given = data.find_ava(parse(f"--data {folder} --boxes mine.csv"), "val")
+    assert given["boxes"] == "mine.csv" and given["ground_truth"] == notes / "ava_val_v2.2.csv"
+    (notes / "ava_val_v2.2.csv").unlink()
+    (notes / "ava_val_v2.1.csv").unlink()
+    with pytest.raises(InputError, match=r"no ground_truth of val in it; expected\n"):
+        data.find_ava(parse(f"--data {folder}"), "val")
+
+
+def read_keyframes(folder, split, line="--allow_missing"):
+    """The keyframes of a split: {(video, second): [(box, actions)]}."""
+    keyframes, found = data.read_keyframes(parse(f"--data {folder} {line}"), split), {}
+    for i, key in enumerate(keyframes.keys):
+        boxes, actions = keyframes.boxes(i)
+        actions = [(1 + np.flatnonzero(row)).tolist() for row in actions]
+        found[key] = list(zip(map(tuple, boxes.tolist()), actions))
+    return found
+
+
+def test_training_takes_true_boxes_and_sure_ones_and_a_test_detected_ones_alone(folder, capsys):
+    one, other = GOOD[2:6], (0.2, 0.2, 0.6, 0.6)
+    assert read_keyframes(folder, "train") == {
+        ("a", 902): [(one, [5, 12, 80])],
+        ("a", 1798): [(one, [12])],
+        ("b", 1000): [(one, [12]), (other, [])],  # no action: does nothing that is known
+        ("b", 1002): [(other, [])],
+    }
+    out = capsys.readouterr().out
+    assert "1 of 3 movies are not below" in out and "5 keyframes are excluded" in out
+    detected = {("a", 902): [(one, [5])], ("b", 1000): [(other, [])], ("b", 1002): [(other, [])]}
+    assert read_keyframes(folder, "val", "") == detected
+    line = "--detection_threshold 0.5"
+    assert read_keyframes(folder, "val", line) == detected | {("b", 1003): [(other, [5])]}
+    with pytest.raises(InputError, match="no box reaches --detection_threshold"):
+        read_keyframes(folder, "val", "--detection_threshold 2")
+    with pytest.raises(InputError, match=r"1 of 3 movies are not below .*videos: c; --videos says"):
+        read_keyframes(folder, "train", "")
+
+
+def test_action_lists_in_both_forms(folder, tmp_path):
+    path, other = tmp_path / "a.pbtxt", data.find_ava(parse(f"--data {folder}"), "val")
+    path.write_text('label {\n  name: "walk"\n  label_id: 14\n  label_type: PERSON_MOVEMENT\n}\n')
+    assert data.read_action_list(path) == {14: "walk"}
+    assert data.read_action_list(other["action_list"]) == {74: "listen to (a person)", 3: "x"}
+    with pytest.raises(InputError, match=r"v2.2.csv: no action list; expected entries"):
+        data.read_action_list(other["ground_truth"])
+
+
+def test_the_demos_boxes_are_on_its_things(tmp_path, monkeypatch):
+    monkeypatch.setitem(data.DEMO_VIDEOS, "ava", dict(train=6, val=3))
+    data.make_demo("ava", tmp_path)
+    files = data.find_ava(parse(f"--data {tmp_path}/ava"), "train")
+    truth, detected = data.read_boxes(files["ground_truth"], False), data.read_boxes(files["boxes"])
+    assert list(truth) == list(detected) and len(truth) == 6 * 2
+    names = data.read_action_list(files["action_list"])
+    assert names == dict(enumerate(data.DEMO_ACTIONS, 1))
+    y, x = np.mgrid[:48, :72]
+    for key, rows in truth.items():
+        assert 0 < abs(detected[key] - rows)[:, :4].max() < 0.05  # a little off, none is false
+        assert (detected[key][:, 4] == rows[:, 4]).all()
+        assert 0.75 <= detected[key][:, 5].min() <= detected[key][:, 5].max() <= 1
+        with data.Video(tmp_path / "ava" / "videos" / f"{key[0]}.mp4") as video:
+            picture = video.frames([key[1] - 900])[0].to_ndarray(format="rgb24").astype(float)
+        x1, y1, x2, y2 = np.unique(rows[:, :4] * (72, 48, 72, 48), axis=0).T[..., None, None]
+        boxes = (x > x1 - 2) & (x < x2 + 1) & (y > y1 - 2) & (y < y2 + 1)  # (2, H, W)
+        around, *things = (picture[part].std(0).max() for part in (~boxes.any(0), *boxes))
+        assert around < 20 and len(things) == 2 and min(things) > 24  # plain but for its things
+
+
+# -------------------------------------------------------------------------------------- the clips
+
+# Of a bright box, as shares of the frame; off the middle in both directions: a mirror moves it.
+PLACE = 0.55, 0.3, 0.8, 0.65
+
+
+def keyframes_in(path, second=901.5, boxes=(PLACE,), start=900):
+    """One keyframe of a movie, with these boxes; each has an action of its own, from 3 on."""
+    rows = np.array([(*box, 3 + i, 1) for i, box in enumerate(boxes)])
+    return data.Keyframes("mine", {("movie", second): rows}, {"movie": str(path)}, (), start)
+
+
+def bright_box(folder, height, width, more=()):
+    """A movie that is dark but for a box at PLACE."""
+    frames = np.full((60, height, width, 3), 20, dtype=np.uint8)
+    x1, y1, x2, y2 = (round(share * size) for share, size in zip(PLACE, (width, height) * 2))
+    frames[:, y1:y2, x1:x2] = 230
+    path = encode(folder / "movie.mp4", frames, options={"crf": "10"})
+    return keyframes_in(path, boxes=[PLACE, *more])
+
+
+def where_bright(clip):
+    """The box of the bright pixels of a clip (T, H, W, 3)."""
+    y, x = torch.nonzero(clip.float().mean((0, 3)) > 125).T
+    return torch.stack([x.min(), y.min(), x.max() + 1, y.max() + 1]).float()
+
+
+@pytest.mark.parametrize("size", [(120, 160), (90, 250), (200, 110)])
+def test_boxes_stay_on_their_things_or_leave_with_them(size, tmp_path, monkeypatch):
+    flips, cut_clip = [], data.cut_clip
+    monkeypatch.setattr(data, "cut_clip", lambda *a: flips.append(a[4]) or cut_clip(*a))
+    keyframes = bright_box(tmp_path, *size, more=[(0, 0, 1, 1), (0, 0, 0.05, 0.05)])
+    clips = data.KeyframeDataset(keyframes, parse("--img_size 112"))
+    seen, scales, dropped = set(), [], set()
+    for epoch in range(40):
+        sample = clips[epoch, 0]
+        clip, actions = sample["video"][0], (1 + torch.nonzero(sample["actions"])[:, 1]).tolist()
+        boxes = dict(zip(actions, sample["boxes"], strict=True))
+        dropped |= {3, 4, 5} - boxes.keys()
+        assert clip.shape == (16, 112, 112, 3) and boxes[4].tolist() == [0, 0, 112, 112]
+        if 3 not in boxes:
+            assert clip.max() < 125  # nothing bright is in the crop
+        elif (boxes[3][2:] - boxes[3][:2]).min() >= 3:  # no sliver
+            assert (where_bright(clip) - boxes[3]).abs().max() <= 1.5
+            seen.add(tuple(boxes[3].tolist()))
+            if boxes[3][1] > 0 and boxes[3][3] < 112:
+                height = (PLACE[3] - PLACE[1]) * size[0] / min(size) * 112 / 224
+                scales.append((boxes[3][3] - boxes[3][1]).item() / height)  # the short side
+    assert len(seen) > 15 and dropped == ({3, 5} if size == (90, 250) else {5})
+    assert 250 < min(scales) < 290 < max(scales) < 326
+    assert 10 <= sum(flips) <= 30
+    clips.args.hflip = False
+    assert [clips[epoch, 0] for epoch in range(10)] and not any(flips[40:])
+
+
+MIDDLE = 0.583, 0.3, 1, 0.65  # where PLACE is in the middle 120 x 120 of 120 x 200
+CROPS = {  # flags: patch size, size of the clip, and the box in it
+    "center": (16, (112, 112), MIDDLE),
+    "center --test_size 128": (16, (128, 128), MIDDLE),
+    "full": (16, (112, 192), PLACE),  # 112 x 186.7 in whole patches
+    "full --test_size 120": (8, (120, 200), PLACE),
+}
+
+
+@pytest.mark.parametrize("line", CROPS)
+def test_tests_see_the_middle_square_or_the_whole_frame(line, tmp_path):
+    args, (patch, shape, place) = parse(f"--img_size 112 --test_crop {line}"), CROPS[line]
+    sample = data.KeyframeTestDataset(bright_box(tmp_path, 120, 200), args, patch)[0]
+    assert sample["video"].shape == (16, *shape, 3)
+    np.testing.assert_allclose(sample["boxes"][0], np.multiply(place, shape[::-1] * 2), atol=0.1)
+    assert (where_bright(sample["video"]) - sample["boxes"][0]).abs().max() <= 1.5
+
+
+@pytest.mark.parametrize("rate", [30, 15])
+def test_the_keyframe_is_in_the_middle_of_the_clip(rate, tmp_path):
+    path = encode(tmp_path / "movie.mp4", noise_frames(4 * rate), rate=rate)
+    with data.Video(path) as video:
+        second = float(video.second)
+    for keyframe in (902, 900.5, 903.8):  # the first frame or the last stands in beyond the ends
+        found = [frame.pts / second for frame in keyframes_in(path, keyframe).frames(0, 16, 4)]
+        expected = keyframe - 900 + (np.arange(16) - 8) * 4 / 30
+        np.testing.assert_allclose(found, expected.clip(0, 4 - 1 / rate), atol=0.5 / rate + 1e-6)
+    for start in (0, 903):
+        told = rf"has no second 902: it holds {start} to {start + 4}; --video_start says"
+        with pytest.raises(data.VideoError, match=told):
+            keyframes_in(path, 902, start=start).frames(0, 16, 4)
+
+
+def test_a_folder_of_frames_gives_the_clip_of_the_movie(tmp_path):
+    frames, folder = noise_frames(90), tmp_path / "frames" / "movie"
+    movie = encode(tmp_path / "movie.mp4", frames, options={"crf": "5"})
+    folder.mkdir(parents=True)
+    for i in range(90):
+        jpeg = dict(codec="mjpeg", pix_fmt="yuvj420p", options={"q:v": "2"})
+        encode(folder / f"movie_{i + 1:06d}.jpg", frames[i : i + 1], **jpeg)
+    args = parse(f"--img_size 32 --data {tmp_path}")
+    assert data.find_movies(args, {"movie"}) == {"movie": str(folder)}
+    found = [keyframes_in(folder, start=None), keyframes_in(movie)]
+    one, other = (data.KeyframeTestDataset(keyframes, args, 8)[0] for keyframes in found)
+    assert (one["video"].float() - other["video"].float()).abs().mean() < 4
+    assert torch.equal(one["boxes"], other["boxes"])
+    (folder / "movie_000046.jpg").write_bytes(b"")
+    with pytest.raises(data.VideoError, match=r"movie_000046.jpg cannot be read"):
+        keyframes_in(folder).frames(0, 16, 4)
