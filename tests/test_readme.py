@@ -1,0 +1,56 @@
+"""What the README says holds: its code runs, its flags exist, its names are there."""
+
+import json
+import re
+from pathlib import Path
+
+import data
+import finetune_ava
+import finetune_cls
+import mae_pretrain
+import model
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def test_the_features_example_runs_as_it_stands(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    args = mae_pretrain.parse_args(["--dataset", "demo"])
+    config = mae_pretrain.model_config(args)
+    content = dict(model=model.MAE(**config).state_dict(), args=vars(args), config=config)
+    Path(args.output_dir).mkdir(parents=True)
+    model.save_checkpoint(args.output_dir, content)
+    (tmp_path / "a.mp4").symlink_to(folder / "train0.mp4")
+    code = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    exec(code, {})
+    assert capsys.readouterr().out.endswith("torch.Size([1, 128, 128]) torch.Size([1, 128])\n")
+
+
+def test_every_flag_and_name_in_the_readme_exists(capsys):
+    known = set()
+    for stage in (mae_pretrain, finetune_cls, finetune_ava):
+        try:
+            stage.parse_args(["--help"])
+        except SystemExit:
+            known |= set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    text = re.sub(r"(?m)^(\(cd |torchrun|# a tree|ffmpeg|.*(docker|benchmark.py)).*$", "", README)
+    flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) - {"--max-restarts"}
+    assert flags <= known, flags - known
+    modules = dict(model=model, data=data, mae_pretrain=mae_pretrain)
+    modules |= dict(finetune_cls=finetune_cls, finetune_ava=finetune_ava)
+    for module, name in re.findall(r"`(\w+)\.(\w+)`", README):
+        if module in modules and name != "py":
+            assert hasattr(modules[module], name), f"{module}.{name}"
+
+
+def test_the_log_is_lines_of_json_with_step_and_loss(folder, tmp_path, monkeypatch):
+    line = (
+        "--model vit_demo --epochs 2 --batch_size 4 --num_workers 0 --log_interval 1 --img_size 24"
+    )
+    words = f"mae_pretrain.py {line} --data {folder} --output_dir {tmp_path}".split()
+    monkeypatch.setattr("sys.argv", words)
+    assert mae_pretrain.main() is None
+    log = [json.loads(entry) for entry in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log] == [1, 2, 3, 4, 5, 6]
+    for name in ("epoch", "loss", "lr", "grad_norm", "clips_per_s", "data_wait", "tflops"):
+        assert all(entry[name] >= 0 for entry in log), name
