@@ -646,9 +646,8 @@ def to_official_names(state, grid, t_patch_size):
             out[key] = value[:, :, None].repeat(1, 1, t_patch_size, 1, 1) / t_patch_size
         elif key in ("pos_embed", "decoder_pos_embed"):
             table, t = value[:, 1:], 1
-            if (
-                not of_images
-            ):  # frames that leave a square: as many as the model's, or the likeliest
+            if not of_images:
+                # The number of time steps leaves a square: 8, the model's, or the likeliest.
                 sides = {table.shape[1] / n**2: n for n in range(1, 100)}
                 whole = [t for t in sides if t == int(t)]
                 t = int(min(whole, key=lambda t: (t != 8, t != grid[0], abs(sides[t] - grid[1]))))
@@ -857,7 +856,9 @@ def parse_twice(parser, stage, dataset, recipe_of, argv=None):
     use = next((use for use in ("eval", "predict", "visualize") if vars(args).get(use)), None)
     defaults = {}
     if use and args.init:
-        defaults = read_checkpoint(args.init, check=False).get("args", {})
+        saved = read_checkpoint(args.init, check=False)
+        if isinstance(saved, dict) and isinstance(saved.get("args"), dict):
+            defaults = saved["args"] if "stage" in saved["args"] else {}
     if defaults.get("stage", stage) != stage:
         raise InputError(f"{args.init}: a checkpoint of {defaults['stage']}, not of {stage}")
     if args.dataset and defaults:  # other data than it was trained on
