@@ -29,6 +29,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from fractions import Fraction
 from multiprocessing import Pool
 from pathlib import Path
 
@@ -36,7 +37,6 @@ import av
 import av.filter
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as TF
 
@@ -1023,19 +1023,23 @@ def permutation(length, seed, epoch):
     return torch.randperm(length, generator=generator).tolist()
 
 
-@dataclasses.dataclass
-class StepSampler:
-    """The order of training: passes over the list without end, cut into steps and processes.
+class Batches:
+    """The micro-batches of a run from step start to stop, loaded by workers, moved to the device.
 
-    Passes follow one another without a gap, so nothing is dropped at their ends. Each is a
-    permutation that follows from (seed, epoch). Iterating yields the (epoch, index) that this
-    process takes in the steps from start to stop.
+    Passes over the list follow one another without a gap, so nothing is dropped at their ends. Each
+    is a permutation that follows from (seed, epoch).
     """
 
-    length: int
-    args: argparse.Namespace
-    start: int
-    stop: int
+    def __init__(self, dataset, micro_batch, device, start, stop):
+        self.length, self.args, self.device = len(dataset.videos), dataset.args, device
+        # Workers hand over one video at a time, for whole batches need far more shared memory; but
+        # small ones together, for each hand-over takes a millisecond.
+        size = self.args.repeat_aug * self.args.num_frames * self.args.img_size**2 * 3  # bytes
+        self.parts = 1 if micro_batch * size < 2**23 else micro_batch
+        keys = (key for step in range(start, stop) for key in self.keys(step, RANK))
+        together, pin_memory = micro_batch // self.parts, device.type == "cuda"
+        self.samples = load_samples(dataset, keys, together, pin_memory)
+        self.waited, self.failures, self.close = 0.0, [], self.samples.close
 
     def keys(self, step, rank):
         """The (epoch, index) that a process takes in a step."""
@@ -1044,50 +1048,42 @@ class StepSampler:
         places = [divmod(place, self.length) for place in range(first, first + share)]
         return [(epoch, permutation(self.length, self.args.seed, epoch)[i]) for epoch, i in places]
 
-    def __iter__(self):
-        for step in range(self.start, self.stop):
-            yield from self.keys(step, RANK)
-
-
-class Batches:
-    """The micro-batches of a run from step start to stop, loaded by workers, moved to the device.
-
-    Workers hand over one video at a time: whole batches would need far more shared memory.
-    """
-
-    def __init__(self, dataset, micro_batch, device, start, stop):
-        self.micro_batch, self.device = micro_batch, device
-        self.order = StepSampler(len(dataset.videos), dataset.args, start, stop)
-        self.samples = load_samples(dataset, self.order, device.type == "cuda")
-        self.waited, self.failures, self.close = 0.0, [], self.samples.close
-
     def __next__(self):
-        """A dict: video (R*B, 3, T, H, W) uint8, noise (R*B, N), label (R*B,); or boxes, actions.
+        """A dict: video (R*B, 3, T, H, W) uint8, noise (R*B, N), label (R*B,); on AVA boxes and
+        actions, lists of B tensors (K, 4) and (K, 80).
 
-        First one clip of each video, then the next of each: mixing neighbours mixes videos. boxes
-        (K, 5) have the clip's number first; actions (K, 80).
+        First one clip of each video, then the next of each: mixing neighbours mixes videos.
         """
         began = time.perf_counter()
-        samples = [next(self.samples) for _ in range(self.micro_batch)]
+        parts = [next(self.samples) for _ in range(self.parts)]
         self.waited += time.perf_counter() - began
-        for sample in samples:
-            self.failures += sample.pop("failures")
+        for part in parts:
+            self.failures += itertools.chain(*part.pop("failures"))
         batch = {}
-        for name in samples[0]:
-            parts = [sample[name].to(self.device, non_blocking=True) for sample in samples]
-            if name == "boxes":
-                parts = [F.pad(boxes, (1, 0), value=i) for i, boxes in enumerate(parts)]
-            one_each = name in ("boxes", "actions")
-            batch[name] = torch.cat(parts) if one_each else torch.stack(parts, 1).flatten(0, 1)
+        for name in parts[0]:
+            values = [x.to(self.device, non_blocking=True) for part in parts for x in part[name]]
+            batch[name] = values if name in LISTS else torch.cat(values, 1).flatten(0, 1)
         batch["video"] = batch["video"].permute(0, 4, 1, 2, 3)  # a view of the bytes
         return batch
 
 
-def load_samples(dataset, sampler, pin_memory=False):
+LISTS = "failures", "boxes", "actions"  # what is kept apart for each video in a batch
+
+
+def collate(samples):
+    """Join samples of videos for a worker to hand over: dicts of lists, [(R, B, ...)] of tensors."""
+    batch = {name: [sample[name] for sample in samples] for name in samples[0]}
+    for name in batch.keys() - LISTS:
+        batch[name] = [torch.stack(batch[name], 1)]
+    return batch
+
+
+def load_samples(dataset, sampler, together=None, pin_memory=False):
     """Yield dataset[key] for each key, loaded by --num_workers; they end with this generator.
 
-    Nothing random is left to the workers, so their number changes nothing. By default they take the
-    process's share of the cores; without a GPU, half of it.
+    together: as many at once, joined by collate. Nothing random is left to the workers, so their
+    number changes nothing. By default they take the process's share of the cores; without a GPU,
+    half of it.
     """
     workers = dataset.args.num_workers
     if workers is None:
@@ -1095,7 +1091,8 @@ def load_samples(dataset, sampler, pin_memory=False):
     loader = torch.utils.data.DataLoader(
         dataset,
         sampler=sampler,
-        batch_size=None,
+        batch_size=together,
+        collate_fn=collate if together else None,
         num_workers=workers,
         pin_memory=pin_memory,
         worker_init_fn=ignore_signals,
@@ -1142,14 +1139,14 @@ def run_test(dataset, function):
 DEMO_SHAPES = ("disc", "triangle", "cross", "square", "ring", "bars", "corner", "twins")  # classes
 DEMO_MOTIONS = ("rises", "falls", "slides", "swells", "shrinks", "turns")
 DEMO_ACTIONS = DEMO_SHAPES + DEMO_MOTIONS[:4]  # of AVA's part, numbered from 1
-DEMO_HEIGHT, DEMO_FPS = 48, 15
+DEMO_HEIGHT, DEMO_FPS = 48, Fraction(15, 2)  # every 4th of 30 frames a second: all that clips use
 DEMO_VIDEOS = {  # videos of each split
     "unlabelled": dict(train=2400, val=8),  # to pre-train on
     "kinetics": dict(train=200, val=400),  # a few labelled ones, and more to test on
     "ava": dict(train=100, val=100),  # movies of two things
 }
-DEMO_SECONDS = 902, 903  # that are annotated; a movie starts at 900
-DEMO_VERSION = "5"  # of what is drawn: another version is made anew
+DEMO_SECONDS = 902, 904  # that are annotated; a movie starts at 900
+DEMO_VERSION = "6"  # of what is drawn: another version is made anew
 
 
 def shape_distance(shape, x, y):
@@ -1175,7 +1172,7 @@ def shape_distance(shape, x, y):
     return np.minimum(box(-0.85, -0.9, -0.25, 0.9), box(-0.85, 0.3, 0.85, 0.9))  # corner
 
 
-def draw_scene(seed, things, radius, width=56, seconds=3):
+def draw_scene(seed, things, radius, width=56, num_frames=24):
     """Draw things that move slowly before a plain background: uint8 (T, H, W, 3), and what is
     there.
 
@@ -1183,7 +1180,7 @@ def draw_scene(seed, things, radius, width=56, seconds=3):
     radius: from and to, in pixels. What is there: (shape, motion, boxes (4, T) in pixels) of each
     thing.
     """
-    rng, H, W, T = np.random.RandomState(seed), DEMO_HEIGHT, width, DEMO_FPS * seconds
+    rng, H, W, T = np.random.RandomState(seed), DEMO_HEIGHT, width, num_frames
     colors = np.zeros((1 + len(things), 3))
     while (abs(colors[1:] - colors[0]).sum(1) < 200).any():  # things stand out from the background
         colors = rng.uniform(0, 255, colors.shape).astype(np.float32)
@@ -1271,13 +1268,13 @@ def make_demo_ava(part, folder):
         tasks, truth, detected = [], [], []
         for i in range(count):
             seed = stateless_seed(i, split == "val", 2) % 2**32
-            scene = dict(seed=seed, things=things, radius=(11, 13.5), width=72, seconds=5)
+            scene = dict(seed=seed, things=things, radius=(11, 13.5), width=72, num_frames=48)
             tasks.append((folder / "videos" / f"{split}{i:04d}.mp4", scene))
         rng = np.random.RandomState(split == "val")
         for (path, _), drawn in zip(tasks, write_scenes(tasks)):
             for second, person in itertools.product(DEMO_SECONDS, range(len(things))):
                 shape, motion, boxes = drawn[person]
-                box = np.array(boxes)[:, (second - 900) * DEMO_FPS] / size
+                box = np.array(boxes)[:, int((second - 900) * DEMO_FPS)] / size
                 off, score = box + rng.normal(0, 0.01, 4), round(rng.uniform(0.75, 1), 3)
                 for name in {shape, motion} & numbers.keys():
                     row = [path.stem, f"{second:04d}"]

@@ -182,7 +182,7 @@ def train(args):
 
             # The loss is a mean over the boxes of the global batch: clips have some, or none.
             micro_batches = [next(batches) for _ in range(micro_steps)]
-            boxes.fill_(sum(len(batch["boxes"]) for batch in micro_batches))
+            boxes.fill_(sum(len(x) for batch in micro_batches for x in batch["boxes"]))
             if WORLD > 1:
                 dist.all_reduce(boxes)
             loss = torch.zeros((), device=device)
@@ -194,9 +194,8 @@ def train(args):
                 ddp.require_backward_grad_sync = micro_step == micro_steps - 1
                 with autocast(args, device):
                     logits = ddp(batch["video"], batch["boxes"]).float()  # (K, 80)
-                error = F.binary_cross_entropy_with_logits(
-                    logits, batch["actions"], reduction="sum"
-                )
+                actions = torch.cat(batch["actions"])
+                error = F.binary_cross_entropy_with_logits(logits, actions, reduction="sum")
                 micro_loss = error * WORLD / (boxes.clamp(min=1) * AVA_CLASSES)
                 micro_loss.backward()
                 loss += micro_loss.detach()

@@ -85,7 +85,7 @@ DEMO = KINETICS | dict(  # vit_demo, minutes on two CPU cores: many small steps 
     sine_positions=True,  # with random ones its loss sits on a plateau for most of these minutes
     norm_pix_loss=False,  # in plain patches nearly all that counts is their mean
     decoder_embed_dim=64,
-    decoder_depth=2,
+    decoder_depth=1,
 )
 MICRO_BATCH = {"vit_b": 32, "vit_l": 16, "vit_h": 8}  # videos that fit on a GPU of 80 GB
 MAY_DIFFER = RUN_FLAGS | {"data", "videos"}  # on resume

@@ -583,9 +583,8 @@ class Detector(VideoViT):
     def forward(self, video, boxes):
         """video (B, 3, T, H, W), uint8 or normalised floats, and boxes -> logits (K, num_classes).
 
-        boxes: x1, y1, x2, y2 in pixels of the clip, as a list of B tensors (K_i, 4) or as one (K,
-        5) with the clip's number first; they may reach beyond the clip. Any H and W: positions are
-        resized.
+        boxes: x1, y1, x2, y2 in pixels of the clip, a list of B tensors (K_i, 4); they may reach
+        beyond the clip. Any H and W: positions are resized.
         """
         grid = self.grid_of(video)
         tubelets = patchify(video, self.patch_size, self.t_patch_size)
@@ -1243,7 +1242,7 @@ class Run:
         i = int(bad.any(0).any(1).nonzero()[0])
         step = self.done - len(self.pending) + i
         ranks = bad[:, i, 0].nonzero().flatten().tolist() or range(WORLD)  # bad loss, or bad norm
-        names = [self.videos.name(j) for r in ranks for _, j in self.batches.order.keys(step, r)]
+        names = [self.videos.name(j) for r in ranks for _, j in self.batches.keys(step, r)]
         loss, norm = values[ranks[0], i].tolist()
         raise FloatingPointError(
             f"step {step}: loss {loss}, gradient norm {norm}. Lower --lr, or try --precision fp32. "

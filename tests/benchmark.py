@@ -76,7 +76,7 @@ def build(task, size, device="cpu", again=False):
     with torch.device(device):
         if task == "pretrain":
             decoder = (
-                dict(decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=1)
+                dict(decoder_embed_dim=64, decoder_depth=1, decoder_num_heads=1)
                 if size == "vit_demo"
                 else {}
             )

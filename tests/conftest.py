@@ -114,7 +114,7 @@ def folder(tmp_path_factory):
     file = folder / "ava" / "annotations" / "ava_detection_train_boxes_and_labels.csv"
     lines, scores = file.read_text().splitlines(), itertools.cycle([0.95, 0.8, 0.79])
     file.write_text("".join(f"{line.rpartition(',')[0]},{next(scores)}\n" for line in lines))
-    (file.parent / "ava_train_excluded_timestamps_v2.2.csv").write_text("train0000,0903\n")
+    (file.parent / "ava_train_excluded_timestamps_v2.2.csv").write_text("train0000,0904\n")
     return folder
 
 

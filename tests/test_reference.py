@@ -81,7 +81,7 @@ def clips_of(stage, flags, folder):
         for key, rows in detected.items():
             boxes[key] = np.concatenate([boxes[key], rows[rows[:, 5] >= 0.8]])
         movies = {video: f"{folder}/ava/videos/{video}.mp4" for video, _ in boxes}
-        keyframes = data.Keyframes("", boxes, movies, {("train0000", 903.0)}, args.video_start)
+        keyframes = data.Keyframes("", boxes, movies, {("train0000", 904.0)}, args.video_start)
         return data.KeyframeDataset(keyframes, args)
     videos = data.find_videos(folder, "train")
     noise = lambda: torch.rand(t * h * w)  # noqa: E731
@@ -97,7 +97,7 @@ def clips_of(stage, flags, folder):
 def model_of(stage, flags):
     """The model that a stage's flags describe."""
     if stage is mae_pretrain:
-        decoder = dict(decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=1)
+        decoder = dict(decoder_embed_dim=64, decoder_depth=1, decoder_num_heads=1)
         more = dict(norm_pix_loss=flags["norm_pix_loss"], mask_type=flags["mask_type"])
         return model.MAE(**ENCODER, **decoder, **more)
     encoder = ENCODER | dict(drop_path=flags["drop_path"], dropout=flags["dropout"])
