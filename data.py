@@ -14,7 +14,6 @@ a resumed run needs no generator states. An epoch is a pass over the list here; 
 tables it is an effective one, of which a pass holds --repeat_aug.
 """
 
-import argparse
 import contextlib
 import csv
 import dataclasses
@@ -28,7 +27,6 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable
 from fractions import Fraction
 from multiprocessing import Pool
 from pathlib import Path
@@ -92,11 +90,10 @@ class VideoList:
 
     unit = "videos"
 
-    def __init__(self, source, root, paths, labels=None, class_names=None):
-        """source: the file or folder that the list was made of. Paths: absolute or relative to
-        root.
-        """
-        self.source, self.root, self.class_names = str(source), root, class_names
+    def __init__(self, source, root, paths, labels=None, class_names=None, num_classes=None):
+        """source: the file or folder that the list was made of. paths: absolute, or below root."""
+        self.source, self.root = str(source), root
+        self.class_names, self.num_classes = class_names, num_classes
         # Arrays: 240,000 Python strings would be copied into every worker.
         self.paths = np.array([os.fsencode(path) for path in paths])
         self.labels = None if labels is None else np.array(labels)
@@ -108,6 +105,13 @@ class VideoList:
         return os.path.join(self.root, os.fsdecode(self.paths[index]))
 
     name = path  # what messages call it
+
+    def clips(self, index, times_of):
+        """Clips of a video, lists of av.VideoFrame; times_of(duration) gives the times of each."""
+        with Video(self.path(index)) as video:
+            times = times_of(video.duration)
+            frames = iter(video.frames(np.concatenate(times)))
+        return [[next(frames) for _ in clip] for clip in times]
 
     @property
     def digest(self):
@@ -148,26 +152,31 @@ def find_videos(data, split="train", videos=None, classes=0):
             found = read_folders(source)
     if not found or not found[0]:
         raise InputError(f"{data}: no videos of {split} in it; expected one of\n{LAYOUTS}")
-    paths, labels, class_names = found
-    if classes != 0 and (labels is None or None in labels):
-        raise InputError(f"{source}: videos without labels; expected one of\n{LAYOUTS}")
-    labels = None if labels and None in labels else labels
-    class_names = classes if isinstance(classes, list) else class_names
-    if labels and isinstance(labels[0], str):
-        class_names = class_names or sorted(set(labels))
-        if unknown := set(labels) - set(class_names):
-            raise InputError(
-                f"{source}: class {min(unknown)!r} is none of the {len(class_names)} classes"
-            )
-        numbers = {name: i for i, name in enumerate(class_names)}
+    paths, labels, names = found
+    if not labels or None in labels:
+        if classes != 0:
+            raise InputError(f"{source}: videos without labels; expected one of\n{LAYOUTS}")
+        return VideoList(source, root, paths)
+    names = classes if isinstance(classes, list) else names
+    if isinstance(labels[0], str):
+        names = names or sorted(set(labels))
+        if unknown := set(labels) - set(names):
+            text = f"{source}: class {min(unknown)!r} is none of the {len(names)} classes"
+            raise InputError(text)
+        numbers = {name: i for i, name in enumerate(names)}
         labels = [numbers[name] for name in labels]
-    count = len(class_names) if class_names else classes
-    if labels and count and max(labels) >= count:
+    count = len(names) if names else classes or max(labels) + 1
+    if isinstance(classes, int) and classes not in (0, count):
+        raise InputError(
+            f"{source}: {count} classes, not {classes}; if that is meant: --num_classes {count}"
+        )
+    if max(labels) >= count:
         path = paths[labels.index(max(labels))]
         raise InputError(f"{source}: label {max(labels)} of {path} is outside 0..{count - 1}")
-    return VideoList(source, root, paths, labels, class_names)
+    return VideoList(source, root, paths, labels, names, count)
 
 
+ARCHIVES = ".zip", ".tar", ".gz"
 LIST_FOLDERS = "annotations", "labels"  # folders of a data set that its lists may be in
 
 
@@ -177,20 +186,13 @@ def lists_in(folder, split):
     for name in ("", *LIST_FOLDERS):
         for file in sorted((folder / name).glob("*.*")):
             named = re.split("[-_]", file.stem)[-1] in SPLITS[split]
-            if (
-                named
-                and file.is_file()
-                and not file.name.lower().endswith((*SUFFIXES, ".zip", ".tar", ".gz"))
-            ):
+            if named and file.is_file() and file.suffix.lower() not in (*SUFFIXES, *ARCHIVES):
                 found.append(file)
     return found
 
 
-# A reader of lists takes (file, folder of the videos, split) and returns None if it does not know
-# the
-# form, or (paths, labels, class names): labels are names, or numbers; both they and the names may
-# be
-# None.
+# A reader of lists takes (file, folder of the videos, split). It returns None if it does not know
+# the form, or (paths, labels, class names). Labels are names or numbers; both may be None.
 
 
 def read_kinetics(file, root, split):
@@ -332,18 +334,14 @@ class Video:
             reason = getattr(error, "strerror", error)
             raise VideoError(f"cannot be opened: {reason}") from None
         if not self.container.streams.video:
-            self.fail("has no video stream")
+            raise VideoError("has no video stream")
         self.stream = self.container.streams.video[0]
         self.codec = self.stream.codec_context
         if self.codec is None:
-            self.fail("is in a format that cannot be decoded")
+            raise VideoError("is in a format that cannot be decoded")
         if self.codec.width * self.codec.height > LARGEST:
-            self.fail(f"has frames of {self.codec.width} x {self.codec.height} pixels")
+            raise VideoError(f"has frames of {self.codec.width} x {self.codec.height} pixels")
         self.codec.thread_count = 1  # the workers are the threads
-
-    def fail(self, reason):
-        self.container.close()
-        raise VideoError(reason)
 
     def __enter__(self):
         return self
@@ -353,7 +351,7 @@ class Video:
 
     def check_time(self):
         if time.monotonic() > self.deadline:
-            self.fail(f"takes more than {DECODE_LIMIT:g} s to decode")
+            raise VideoError(f"takes more than {DECODE_LIMIT:g} s to decode")
 
     def packets(self, first, last):
         """The packets that frames at time stamps first to last need, in decoding order."""
@@ -476,9 +474,8 @@ def nearest(sorted_values, targets):
 
 def upright_size(frame):
     """Height and width of a frame as it is meant to be shown."""
-    return (
-        (frame.width, frame.height) if frame.rotation % 180 == 90 else (frame.height, frame.width)
-    )
+    size = frame.height, frame.width
+    return size[::-1] if frame.rotation % 180 == 90 else size
 
 
 def to_clip(frames, size, box=None, flip=False):
@@ -512,9 +509,7 @@ def to_clip(frames, size, box=None, flip=False):
                 graph.push(frame.reformat(first.width, first.height, first.format))
                 pictures[frame] = torch.from_numpy(graph.pull().to_ndarray())
     except av.error.FFmpegError as error:
-        raise VideoError(
-            f"cannot be cut to {height} x {width} and scaled: {error.strerror}"
-        ) from None
+        raise VideoError(f"cannot be cut to {height} x {width}: {error.strerror}") from None
     return torch.stack([pictures[frame] for frame in frames])
 
 
@@ -527,15 +522,10 @@ def clip_times(duration, num_frames, sampling_rate, place):
     return max(0.0, duration - span) * place + np.arange(num_frames) * sampling_rate / FPS
 
 
-def segment_times(duration, num_frames, places):
-    """Times of one frame from each of num_frames equal parts; places in 0..1 of a part."""
-    return (np.arange(num_frames) + places) * duration / num_frames
-
-
 def sample_times(duration, args, place):
-    """The times of a clip, of segments if args.segments says so; place: as above."""
+    """Times of a clip; with --segments, one from each of equal parts, at `place` in them."""
     if args.segments:
-        return segment_times(duration, args.num_frames, place)
+        return (np.arange(args.num_frames) + place) * duration / args.num_frames
     return clip_times(duration, args.num_frames, args.sampling_rate, place)
 
 
@@ -592,47 +582,70 @@ class RandAugment:
         return clip
 
 
-@dataclasses.dataclass
-class ClipDataset(torch.utils.data.Dataset):
-    """Clips to train on: repeated sampling, random resized crop, flip, RandAugment, random erasing.
+class TrainDataset(torch.utils.data.Dataset):
+    """Samples to train on, indexed by (epoch, index): dicts, as load(index, epoch) makes them.
 
-    Indexed by (epoch, index). A sample is a dict: video uint8 (R, T, H, W, 3) of R clips; label
-    (R,) if the list has labels; noise (R, N) if clips are masked; failures [(index, reason)] of
-    unreadable videos that this one replaces.
+    An unreadable video is replaced by another, drawn from the same numbers; "failures" names it:
+    [(index, reason)].
     """
 
-    videos: VideoList
-    args: argparse.Namespace  # of the stage
-    draw_noise: Callable = None  # draw_noise() gives noise (N,) to mask a clip by
-    augment: Callable = None  # of clips, uint8 (T, 3, H, W), such as RandAugment
+    def __init__(self, videos, args):
+        self.videos, self.args = videos, args  # the stage's arguments
 
-    def __post_init__(self):
-        low, high = self.args.crop_scale
+    def __getitem__(self, key, attempts=20):
+        epoch, index = key
+        failures, tried = [], index
+        for attempt in range(1, attempts + 1):
+            try:
+                return self.load(tried, epoch) | {"failures": failures}
+            except VideoError as error:
+                failures.append((tried, str(error)))
+            tried = stateless_seed(self.args.seed, epoch, index, attempt) % len(self.videos)
+        reasons = [f"  {self.videos.name(i)}: {reason}" for i, reason in dict(failures).items()]
+        raise VideoError("\n".join([f"{attempts} videos in a row cannot be used:", *reasons]))
+
+
+class TestDataset(torch.utils.data.Dataset):
+    """Samples to test on: dicts of index, and what load(index) gives, or "failure": the reason."""
+
+    __test__ = False  # for pytest
+
+    def __init__(self, videos, args):
+        self.videos, self.args = videos, args
+
+    def __len__(self):
+        return len(self.videos)
+
+    def __getitem__(self, index):
+        try:
+            return {"index": index} | self.load(index)
+        except VideoError as error:
+            return {"index": index, "failure": str(error)}
+
+
+class ClipDataset(TrainDataset):
+    """Clips to train on: repeated sampling, random resized crop, flip, RandAugment, random erasing.
+
+    A sample has: video uint8 (R, T, H, W, 3) of R clips; label (R,) if the list has labels; noise
+    (R, N) if clips are masked.
+    """
+
+    def __init__(self, videos, args, draw_noise=None, augment=None):
+        """draw_noise() gives noise (N,) to mask a clip by; augment takes clips (T, 3, H, W)."""
+        super().__init__(videos, args)
+        self.draw_noise, self.augment = draw_noise, augment
+        low, high = args.crop_scale
         if low > high:
             raise InputError(f"--crop_scale {low:g} {high:g}: the smaller share first")
-
-    def __getitem__(self, key):
-        return load_or_replace(self, *key)
-
-    def times(self, duration, seed):
-        """The times of a random clip of a video."""
-        # Not torch's generator: from this seed it draws the crop, which would follow from the
-        # place.
-        places = np.random.default_rng(seed).random(self.args.num_frames)
-        return sample_times(duration, self.args, places if self.args.segments else places[0])
 
     def load(self, index, epoch):
         repeats, sample = range(self.args.repeat_aug), {"video": [], "noise": []}
         seeds = [stateless_seed(self.args.seed, epoch, index, repeat) for repeat in repeats]
-        with Video(self.videos.path(index)) as video:
-            frames = video.frames(
-                np.concatenate([self.times(video.duration, seed) for seed in seeds])
-            )
-        for seed, clip in zip(seeds, split_clips(frames, self.args.num_frames)):
+        clips = self.videos.clips(index, lambda length: [self.times(length, s) for s in seeds])
+        for seed, clip in zip(seeds, clips):
             with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
-                torch.default_generator.manual_seed(
-                    seed
-                )  # torch.manual_seed: slow, seeds all devices
+                # Not torch.manual_seed, which is slow: it seeds all devices.
+                torch.default_generator.manual_seed(seed)
                 sample["video"].append(self.crop(clip))
                 if self.draw_noise:
                     sample["noise"].append(self.draw_noise())
@@ -641,49 +654,39 @@ class ClipDataset(torch.utils.data.Dataset):
             sample["label"] = torch.full((len(seeds),), int(self.videos.labels[index]))
         return sample
 
+    def times(self, duration, seed):
+        """The times of a random clip of a video."""
+        # Not torch's generator: with this seed it draws the crop, which would follow the place.
+        places = np.random.default_rng(seed).random(self.args.num_frames)
+        return sample_times(duration, self.args, places if self.args.segments else places[0])
+
     def crop(self, frames):
         """T av.VideoFrame -> uint8 (T, H, W, 3); draws are the same for all frames of the clip."""
         whole, ratio = torch.empty(3, *upright_size(frames[0]), device="meta"), (3 / 4, 4 / 3)
         box = RandomResizedCrop.get_params(whole, self.args.crop_scale, ratio)
         flip = self.args.hflip and torch.rand(()).item() < 0.5
-        clip = to_clip(frames, (self.args.img_size,) * 2, box, flip).permute(0, 3, 1, 2)
+        clip = to_clip(frames, (self.args.img_size,) * 2, box, flip)
         if self.augment:
-            clip = self.augment(clip)
-        return clip.permute(0, 2, 3, 1)
+            clip = self.augment(clip.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return clip
 
 
-def split_clips(frames, num_frames):
-    """The frames of several clips, one list for each clip."""
-    return [frames[i : i + num_frames] for i in range(0, len(frames), num_frames)]
+class MultiViewDataset(TestDataset):
+    """Clips to test on: K clips evenly over a video x S crops along its longer side (Tables 7, 9).
 
-
-def load_or_replace(dataset, epoch, index, attempts=20):
-    """dataset.load(index, epoch), or another video, drawn from the same numbers, if that fails."""
-    failures, tried = [], index
-    for attempt in range(1, attempts + 1):
-        try:
-            return dataset.load(tried, epoch) | {"failures": failures}
-        except VideoError as error:
-            failures.append((tried, str(error)))
-        tried = stateless_seed(dataset.args.seed, epoch, index, attempt) % len(dataset.videos)
-    reasons = [f"  {dataset.videos.name(i)}: {reason}" for i, reason in dict(failures).items()]
-    raise VideoError("\n".join([f"{attempts} videos in a row cannot be used:", *reasons]))
-
-
-@dataclasses.dataclass
-class MultiViewDataset(torch.utils.data.Dataset):
-    """Clips to test on: K clips evenly over the video x S crops along its longer side (Tables 7,
-    9).
-
-    A sample is a dict: index, and video uint8 (K * S, T, H, W, 3), or "failure": why there is none.
+    A sample has: video uint8 (K * S, T, H, W, 3).
     """
 
-    videos: VideoList
-    args: argparse.Namespace
-    views: tuple  # K, S
+    def __init__(self, videos, args, views):
+        """views: (K, S)."""
+        super().__init__(videos, args)
+        self.views = views
 
-    def __len__(self):
-        return len(self.videos)
+    def load(self, index):
+        size, views = (self.args.img_size,) * 2, []
+        for clip in self.videos.clips(index, self.times):
+            views += [to_clip(clip, size, box) for box in self.boxes(*upright_size(clip[0]))]
+        return {"video": torch.stack(views)}
 
     def times(self, duration):
         """The times of the K clips: from the start to the end, or the middle if there is one."""
@@ -697,17 +700,6 @@ class MultiViewDataset(torch.utils.data.Dataset):
         short = min(height, width)
         shifts = [round(abs(height - width) * place) for place in evenly(self.views[1])]
         return [(s, 0, short, short) if height > width else (0, s, short, short) for s in shifts]
-
-    def __getitem__(self, index):
-        size, views = (self.args.img_size,) * 2, []
-        try:
-            with Video(self.videos.path(index)) as video:
-                frames = video.frames(np.concatenate(self.times(video.duration)))
-            for clip in split_clips(frames, self.args.num_frames):
-                views += [to_clip(clip, size, box) for box in self.boxes(*upright_size(clip[0]))]
-        except VideoError as error:
-            return {"index": index, "failure": str(error)}
-        return {"index": index, "video": torch.stack(views)}
 
 
 def evenly(n):
@@ -826,22 +818,31 @@ def find_movies(args, names):
 
 
 def read_keyframes(args, split):
-    """The Keyframes of a split: for training, true boxes and a detector's, for a test the
-    detector's.
+    """The Keyframes of a split: to train on, true boxes and a detector's; to test on, a detector's.
+
+    Those that are excluded, of missing movies or outside AVA_TIMES are left out and counted.
     """
     files, boxes = find_ava(args, split), {}
+    source = files["boxes"] or files["ground_truth"]
     if files["boxes"]:
         boxes = read_boxes(files["boxes"], threshold=args.detection_threshold)
         if not boxes:
-            raise InputError(f"{files['boxes']}: no box reaches --detection_threshold")
+            raise InputError(f"{source}: no box reaches --detection_threshold")
     if split == "train":
         if boxes and not any(rows[:, 4].any() for rows in boxes.values()):
-            raise InputError(f"{files['boxes']}: boxes without actions are no use in training")
+            raise InputError(f"{source}: boxes without actions are no use in training")
         for key, rows in read_boxes(files["ground_truth"], scored=False).items():
             boxes[key] = np.concatenate([rows, boxes.get(key, rows[:0])])
     movies = find_movies(args, {video for video, _ in boxes})
-    excluded, source = read_excluded(files["excluded"]), files["boxes"] or files["ground_truth"]
-    return Keyframes(source, boxes, movies, excluded, args.video_start, AVA_TIMES)
+    kept, (first, last) = {}, AVA_TIMES
+    for key in sorted(boxes.keys() - read_excluded(files["excluded"])):
+        if key[0] in movies and first <= key[1] <= last:
+            kept[key] = boxes[key]
+    if out := len(boxes) - len(kept):
+        print(f"{source}: {out} keyframes are excluded, of missing movies or not in {AVA_TIMES}")
+    if not kept:
+        raise InputError(f"{source}: no keyframe is left to use")
+    return Keyframes(str(source), kept, movies, args.video_start)
 
 
 class Keyframes:
@@ -849,23 +850,12 @@ class Keyframes:
 
     unit = "keyframes"
 
-    def __init__(self, source, boxes, movies, excluded=(), video_start=None, span=(0, math.inf)):
-        """boxes: as from read_boxes. movies: {video: path}. Keyframes that are excluded, outside
-        `span` or of no movie are left out and counted. video_start: the second that files begin
-        with; None: 0, or 900 for a folder of frames.
+    def __init__(self, source, boxes, movies, video_start=None):
+        """boxes: as from read_boxes. movies: {video: path}. video_start: the second that files
+        begin with; None: 0, or 900 for a folder of frames.
         """
-        self.source, self.movies, self.video_start = str(source), movies, video_start
-        self.keys = []  # (video, second)
-        for key in sorted(boxes.keys() - set(excluded)):
-            if key[0] in movies and span[0] <= key[1] <= span[1]:
-                self.keys.append(key)
-        self.rows = [boxes[key] for key in self.keys]
-        if left_out := len(boxes) - len(self.keys):
-            print(
-                f"{source}: {left_out} keyframes are excluded, of missing movies or not in {span}"
-            )
-        if not self.keys:
-            raise InputError(f"{source}: no keyframe is left to use")
+        self.source, self.movies, self.video_start = source, movies, video_start
+        self.keys, self.rows = list(boxes), list(boxes.values())  # (video, second), (R, 6)
 
     def __len__(self):
         return len(self.keys)
@@ -886,9 +876,7 @@ class Keyframes:
         return boxes, actions[:, 1:]
 
     def frames(self, index, num_frames, sampling_rate):
-        """The clip whose frame num_frames // 2 is the keyframe; beyond a movie's ends, its last
-        frame.
-        """
+        """A clip of which frame num_frames // 2 is the keyframe; beyond its ends the last frame."""
         video, second = self.keys[index]
         folder = os.path.isdir(self.movies[video])
         start = 900 * folder if self.video_start is None else self.video_start
@@ -948,21 +936,12 @@ def even(x):
     return 2 * int(x / 2)
 
 
-@dataclasses.dataclass
-class KeyframeDataset(torch.utils.data.Dataset):
-    """Clips around keyframes to train on: short side scaled to 256 to 320, random crop of 224,
-    flip.
+class KeyframeDataset(TrainDataset):
+    """Clips around keyframes to train on: short side to 256 to 320, random crop of 224, flip.
 
-    Indexed by (epoch, index). A sample is a dict: video uint8 (1, T, H, W, 3), boxes (K, 4) in its
-    pixels, actions (K, 80), failures as in ClipDataset. K counts boxes left in the crop; it may be
-    0.
+    A sample has: video uint8 (1, T, H, W, 3), boxes (K, 4) in its pixels, actions (K, 80). K counts
+    the boxes left in the crop; it may be 0.
     """
-
-    videos: Keyframes
-    args: argparse.Namespace
-
-    def __getitem__(self, key):
-        return load_or_replace(self, *key)
 
     def load(self, index, epoch):
         args = self.args
@@ -980,37 +959,28 @@ class KeyframeDataset(torch.utils.data.Dataset):
         return {"video": clip[None], "boxes": boxes[inside], "actions": actions}
 
 
-@dataclasses.dataclass
-class KeyframeTestDataset(torch.utils.data.Dataset):
+class KeyframeTestDataset(TestDataset):
     """Clips around keyframes to test on: short side --test_size; its middle square, or all of it.
 
-    A sample is a dict: index, video uint8 (T, H, W, 3), boxes (K, 4) in its pixels, or "failure":
-    why there are none. Whole frames ("full") are rounded to patches. All boxes are kept: each needs
-    scores.
+    A sample has: video uint8 (T, H, W, 3), boxes (K, 4) in its pixels. Whole frames ("full") are
+    rounded to patches. All boxes are kept: each needs scores.
     """
 
-    videos: Keyframes
-    args: argparse.Namespace
-    patch_size: int
+    def __init__(self, videos, args, patch_size):
+        super().__init__(videos, args)
+        self.patch_size = patch_size
 
-    def __len__(self):
-        return len(self.videos)
-
-    def __getitem__(self, index):
+    def load(self, index):
         args, short_side = self.args, self.args.test_size or self.args.img_size
-        size = short_side, short_side
-        try:
-            frames = self.videos.frames(index, args.num_frames, args.sampling_rate)
-            H, W = upright_size(frames[0])
-            short = even(min(H, W))
-            crop = even((H - short) / 2), even((W - short) / 2), short, short
-            if args.test_crop == "full":
-                crop, patch = (0, 0, H, W), min(H, W) / short_side * self.patch_size
-                size = [max(1, round(n / patch)) * self.patch_size for n in (H, W)]
-            clip, boxes = cut_clip(frames, self.videos.boxes(index)[0], crop, size)
-        except VideoError as error:
-            return {"index": index, "failure": str(error)}
-        return {"index": index, "video": clip, "boxes": boxes}
+        frames = self.videos.frames(index, args.num_frames, args.sampling_rate)
+        H, W = upright_size(frames[0])
+        short, size = even(min(H, W)), (short_side, short_side)
+        crop = even((H - short) / 2), even((W - short) / 2), short, short
+        if args.test_crop == "full":
+            crop, patch = (0, 0, H, W), min(H, W) / short_side * self.patch_size
+            size = [max(1, round(n / patch)) * self.patch_size for n in (H, W)]
+        clip, boxes = cut_clip(frames, self.videos.boxes(index)[0], crop, size)
+        return {"video": clip, "boxes": boxes}
 
 
 # --------------------------------------------------------------------------------------- batches
@@ -1030,14 +1000,15 @@ class Batches:
     is a permutation that follows from (seed, epoch).
     """
 
-    def __init__(self, dataset, micro_batch, device, start, stop):
+    def __init__(self, dataset, device, start, stop):
         self.length, self.args, self.device = len(dataset.videos), dataset.args, device
         # Workers hand over one video at a time, for whole batches need far more shared memory; but
         # small ones together, for each hand-over takes a millisecond.
-        size = self.args.repeat_aug * self.args.num_frames * self.args.img_size**2 * 3  # bytes
-        self.parts = 1 if micro_batch * size < 2**23 else micro_batch
+        args = self.args
+        size = args.micro_batch * args.repeat_aug * args.num_frames * args.img_size**2 * 3  # bytes
+        self.parts = 1 if size < 2**23 else args.micro_batch
         keys = (key for step in range(start, stop) for key in self.keys(step, RANK))
-        together, pin_memory = micro_batch // self.parts, device.type == "cuda"
+        together, pin_memory = args.micro_batch // self.parts, device.type == "cuda"
         self.samples = load_samples(dataset, keys, together, pin_memory)
         self.waited, self.failures, self.close = 0.0, [], self.samples.close
 
@@ -1071,7 +1042,7 @@ LISTS = "failures", "boxes", "actions"  # what is kept apart for each video in a
 
 
 def collate(samples):
-    """Join samples of videos for a worker to hand over: dicts of lists, [(R, B, ...)] of tensors."""
+    """Join samples for a worker to hand over, into lists; tensors into one, (R, B, ...)."""
     batch = {name: [sample[name] for sample in samples] for name in samples[0]}
     for name in batch.keys() - LISTS:
         batch[name] = [torch.stack(batch[name], 1)]
@@ -1136,9 +1107,7 @@ def run_test(dataset, function):
 
 # ------------------------------------------------------------------------------------------ demo
 
-DEMO_SHAPES = ("disc", "triangle", "cross", "square", "ring", "bars", "corner", "twins")  # classes
 DEMO_MOTIONS = ("rises", "falls", "slides", "swells", "shrinks", "turns")
-DEMO_ACTIONS = DEMO_SHAPES + DEMO_MOTIONS[:4]  # of AVA's part, numbered from 1
 DEMO_HEIGHT, DEMO_FPS = 48, Fraction(15, 2)  # every 4th of 30 frames a second: all that clips use
 DEMO_VIDEOS = {  # videos of each split
     "unlabelled": dict(train=2400, val=8),  # to pre-train on
@@ -1149,27 +1118,24 @@ DEMO_SECONDS = 902, 904  # that are annotated; a movie starts at 900
 DEMO_VERSION = "6"  # of what is drawn: another version is made anew
 
 
-def shape_distance(shape, x, y):
-    """About the signed distance from the outline of a shape of size 1; below 0 inside."""
+def bar(x, y, left, top, right, bottom):
+    """About the signed distance from an upright rectangle."""
+    return np.maximum(np.maximum(left - x, x - right), np.maximum(top - y, y - bottom))
 
-    def box(left, top, right, bottom):
-        return np.maximum(np.maximum(left - x, x - right), np.maximum(top - y, y - bottom))
 
-    if shape == "disc":
-        return np.hypot(x, y) - 0.9
-    if shape == "triangle":
-        return np.maximum(0.87 * abs(x) + 0.5 * y, -y) - 0.55
-    if shape == "square":
-        return box(-0.8, -0.8, 0.8, 0.8)
-    if shape == "ring":
-        return abs(np.hypot(x, y) - 0.7) - 0.25
-    if shape == "twins":
-        return np.hypot(abs(x) - 0.5, y) - 0.42
-    if shape == "cross":
-        return np.minimum(box(-1, -0.33, 1, 0.33), box(-0.33, -1, 0.33, 1))
-    if shape == "bars":
-        return np.minimum(box(-0.8, -0.95, -0.2, 0.95), box(0.2, -0.95, 0.8, 0.95))
-    return np.minimum(box(-0.85, -0.9, -0.25, 0.9), box(-0.85, 0.3, 0.85, 0.9))  # corner
+DEMO_SHAPES = {  # classes; about the signed distance from the outline of a shape of size 1
+    "disc": lambda x, y: np.hypot(x, y) - 0.9,
+    "triangle": lambda x, y: np.maximum(0.87 * abs(x) + 0.5 * y, -y) - 0.55,
+    "cross": lambda x, y: np.minimum(bar(x, y, -1, -0.33, 1, 0.33), bar(x, y, -0.33, -1, 0.33, 1)),
+    "square": lambda x, y: bar(x, y, -0.8, -0.8, 0.8, 0.8),
+    "ring": lambda x, y: abs(np.hypot(x, y) - 0.7) - 0.25,
+    "bars": lambda x, y: bar(abs(x), y, 0.2, -0.95, 0.8, 0.95),
+    "corner": lambda x, y: np.minimum(
+        bar(x, y, -0.85, -0.9, -0.25, 0.9), bar(x, y, -0.85, 0.3, 0.85, 0.9)
+    ),
+    "twins": lambda x, y: np.hypot(abs(x) - 0.5, y) - 0.42,
+}
+DEMO_ACTIONS = [*DEMO_SHAPES, *DEMO_MOTIONS[:4]]  # of AVA's part, numbered from 1
 
 
 def draw_scene(seed, things, radius, width=56, num_frames=24):
@@ -1189,7 +1155,7 @@ def draw_scene(seed, things, radius, width=56, num_frames=24):
     picture = (slope[0] * (x / W - 0.5) + slope[1] * (y / H - 0.5))[..., None] + colors[0]
     t, drawn = np.arange(T, dtype=np.float32).reshape(-1, 1, 1) / T - 0.5, []
     for (shape, motion, place), color in zip(things, colors[1:]):
-        shape, motion = shape or rng.choice(DEMO_SHAPES), motion or rng.choice(DEMO_MOTIONS)
+        shape, motion = shape or rng.choice([*DEMO_SHAPES]), motion or rng.choice(DEMO_MOTIONS)
         size = rng.uniform(*radius)
         path, angle = rng.uniform(0.2, 0.3) * t, rng.uniform(-0.3, 0.3)
         center_x, center_y = ((place, 0.5) + rng.uniform(-0.07, 0.07, 2)) * (W, H)
@@ -1203,9 +1169,7 @@ def draw_scene(seed, things, radius, width=56, num_frames=24):
             size = size * (1 + {"swells": 2, "shrinks": -2}[motion] * path)
         u, v = (x - center_x) / size, (y - center_y) / size
         u, v = u * np.cos(angle) - v * np.sin(angle), u * np.sin(angle) + v * np.cos(angle)
-        inside = (0.5 - shape_distance(shape, u, v) * size).clip(0, 1)[
-            ..., None
-        ]  # soft at the edge
+        inside = (0.5 - DEMO_SHAPES[shape](u, v) * size).clip(0, 1)[..., None]  # soft at the edge
         picture = picture * (1 - inside) + inside * color
         box = center_x - size, center_y - size, center_x + size, center_y + size
         drawn.append((shape, motion, [np.broadcast_to(side, t.shape).ravel() for side in box]))
@@ -1244,18 +1208,15 @@ def make_demo(part, folder="data/demo"):
 
 
 def make_demo_videos(part, folder):
-    """Every shape in every motion; the labelled part with the official csv of Kinetics."""
-    tasks = []
+    """Every shape in every motion; labelled videos in a folder for each shape."""
+    tasks, shapes = [], [*DEMO_SHAPES]
     for split, count in DEMO_VIDEOS[part].items():
-        rows = [["label", "youtube_id", "time_start", "time_end", "split"]]
         for i in range(count):
-            shape, motion, name = DEMO_SHAPES[i % 8], DEMO_MOTIONS[i // 8 % 6], f"{split}{i:05d}"
+            shape, motion = shapes[i % 8], DEMO_MOTIONS[i // 8 % 6]
             seed = stateless_seed(i, split == "val", part == "kinetics") % 2**32
             scene = dict(seed=seed, things=[(shape, motion, 0.5)], radius=(14.5, 18))
-            tasks.append((folder / split / f"{name}_000000_000003.mp4", scene))
-            rows.append([shape, name, 0, 3, split])
-        if part == "kinetics":
-            write_csv(folder / f"{split}.csv", rows)
+            label = shape if part == "kinetics" else ""
+            tasks.append((folder / split / label / f"{i:05d}.mp4", scene))
     write_scenes(tasks)
 
 

@@ -39,7 +39,6 @@ from model import (
     Detector,
     InputError,
     Run,
-    announce,
     autocast,
     compile_blocks,
     cosine_decay,
@@ -52,6 +51,7 @@ from model import (
     parameter_groups,
     parse_twice,
     positive_int,
+    print_plan,
     print_rank0,
     resume,
     run_main,
@@ -91,18 +91,18 @@ TEST_FLAGS = {"test_crop", "test_size", "boxes", "ground_truth", "excluded", "ac
 MAY_DIFFER = RUN_FLAGS | TEST_FLAGS | {"data", "videos", "video_start"}  # on resume
 
 
+def recipe_of(args):
+    return DEMO if args.model == "vit_demo" else AVA
+
+
 def parse_args(argv=None):
     parser, switch = make_parser(__doc__, data.AVA_LAYOUT), argparse.BooleanOptionalAction
     add = parser.add_argument_group("fine-tuning").add_argument
     add("--drop_path", type=fraction, help="stochastic depth of the last block")
     add("--dropout", type=fraction, help="before the head")
     add("--layer_decay", type=fraction, help="layer-wise lr decay; 0 trains the head only")
-    add(
-        "--rel_pos",
-        action=switch,
-        default=False,
-        help="relative positions in every block (Table 8)",
-    )
+    positions = "relative positions in every block (Table 8)"
+    add("--rel_pos", action=switch, default=False, help=positions)
     add("--detection_threshold", type=float, default=0.8, help="lower-scoring boxes are left out")
     add("--video_start", type=float, help="second that files begin with; None: 0, 900 for frames")
     add("--allow_missing", action="store_true", help="go on without missing movies, unscored")
@@ -110,19 +110,14 @@ def parse_args(argv=None):
     add("--test_crop", choices=("center", "full"), default="center", help="of a frame (Table 8)")
     add("--test_size", type=positive_int, help="its short side in pixels; None: --img_size")
     add("--eval", action="store_true", help="test the detector in --init")
-    add(
-        "--predict",
-        metavar="VIDEO",
-        help="say what the persons in --boxes do, by --init, and draw it",
-    )
+    add("--predict", metavar="VIDEO", help="say and draw what the persons in --boxes do, by --init")
     add("--score", metavar="CSV", help="score detections by AVA's protocol; no model is needed")
-    add("--boxes", metavar="CSV", help="to test on, None: the data set's; to predict on: "
-        "video,second of the file,x1,y1,x2,y2")  # fmt: skip
+    boxes = "to test on, None: the data set's; to predict on: video,second of the file,x1,y1,x2,y2"
+    add("--boxes", metavar="CSV", help=boxes)
     add("--ground_truth", metavar="CSV", help="to score against; None: the data set's")
     add("--action_list", metavar="PBTXT", help="actions that count; None: the data set's")
     add("--excluded", metavar="CSV", help="seconds that do not count; None: the data set's")
     parser.set_defaults(repeat_aug=1, actions=None)
-    recipe_of = lambda args: DEMO if args.model == "vit_demo" else AVA  # noqa: E731
     args = parse_twice(parser, "finetune_ava", "ava", recipe_of, argv)
     if args.dataset == "demo" and args.video_start is None:
         args.video_start = 900
@@ -149,7 +144,7 @@ def train(args):
     data.locate_data(args, "ava")
     keyframes, held_out = (on_rank0(data.read_keyframes, args, split) for split in ("train", "val"))
     args.actions = data.read_action_list(data.find_ava(args, "val")["action_list"])
-    steps, micro_batch, micro_steps = split_batch(args, len(keyframes), device, MICRO_BATCH)
+    steps, micro_steps = split_batch(args, len(keyframes), device, MICRO_BATCH)
 
     # --------------------------------------------------------------- model
     torch.manual_seed(args.seed)
@@ -169,10 +164,10 @@ def train(args):
     optimizer = make_optimizer(args, groups)
     start = resume(args, MAY_DIFFER, detector, optimizer, keyframes)
     flops = count_flops(Detector, config, [torch.zeros(1, 4, device="meta")])
-    announce(args, detector, keyframes, steps, micro_batch, flops)
+    print_plan(args, detector, keyframes, steps, flops)
 
     # ---------------------------------------------------------------- loop
-    batches = Batches(KeyframeDataset(keyframes, args), micro_batch, device, start, steps)
+    batches = Batches(KeyframeDataset(keyframes, args), device, start, steps)
     boxes = torch.zeros((), device=device)
     with Run(args, keyframes, batches, start, steps, flops) as run:
         for step in range(start, steps):
@@ -199,9 +194,8 @@ def train(args):
                 micro_loss = error * WORLD / (boxes.clamp(min=1) * AVA_CLASSES)
                 micro_loss.backward()
                 loss += micro_loss.detach()
-            grad_norm = torch.nn.utils.clip_grad_norm_(
-                detector.parameters(), args.clip_grad or math.inf
-            )
+            parameters = detector.parameters()
+            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad or math.inf)
             optimizer.step()
             optimizer.zero_grad()
 
@@ -212,7 +206,7 @@ def train(args):
                 run.save(detector, optimizer, config)
             if run.stopping:
                 break
-    if run.ended():
+    if run.was_stopped():
         return STOPPED
     test(detector, held_out, args)
     print_rank0(
@@ -224,9 +218,7 @@ def train(args):
 
 
 def detect(detector, keyframes, args):
-    """Scores of the boxes of every keyframe, {index: (K, 80)}, and {index: reason} of unreadable
-    ones.
-    """
+    """Scores of the boxes of keyframes, {index: (K, 80)}, and why some have none: {index: text}."""
     device = next(detector.parameters()).device
     detector.eval()
 
@@ -250,19 +242,16 @@ def test(detector, keyframes, args):
     out, files = Path(args.output_dir), data.find_ava(args, "val")
     out.mkdir(parents=True, exist_ok=True)
     write_detections(out / "detections.csv", keyframes, scores, args.actions)
-    truth, excluded = (
-        data.read_boxes(files["ground_truth"], False),
-        data.read_excluded(files["excluded"]),
-    )
+    truth = data.read_boxes(files["ground_truth"], scored=False)
+    excluded = data.read_excluded(files["excluded"])
     if args.allow_missing:  # what happens in them cannot count as missed
         movies = data.find_movies(args, {video for video, _ in truth})
         truth = {key: rows for key, rows in truth.items() if key[0] in movies}
     results = score(truth, data.read_boxes(out / "detections.csv"), args.actions, excluded)
     boxes = sum(map(len, scores.values()))
     results |= dict(boxes=boxes, keyframes=len(keyframes), unreadable=len(failures))
-    results |= dict(
-        test_crop=args.test_crop, test_size=args.test_size or args.img_size, init=args.init
-    )
+    size = args.test_size or args.img_size
+    results |= dict(test_crop=args.test_crop, test_size=size, init=args.init)
     (out / "results.json").write_text(json.dumps(results, indent=1))
     print(f"{boxes} boxes at {len(keyframes)} keyframes, {args.test_crop} crop")
     shown = list(scores)[:: max(1, len(scores) // 4)][:4]
@@ -283,17 +272,14 @@ def write_detections(path, keyframes, scores, actions):
 
 
 def score(truth, detections, actions, excluded=()):
-    """Score detections by AVA's protocol, and print it: {"mAP": ..., "per_class": {name: AP or
-    None}}.
+    """Score detections by AVA's protocol: {"mAP": ..., "per_class": {name: AP or None}}; prints it.
 
     truth, detections: as from data.read_boxes. Mean average precision at IoU 0.5 over the actions
     that happen in the ground truth. Going down in score, a detection is right if the true box of
     its action that it overlaps most does so by half, and was not found before.
     """
-    truth, detections = (
-        {key: rows for key, rows in boxes.items() if key not in excluded}
-        for boxes in (truth, detections)
-    )
+    truth = {key: rows for key, rows in truth.items() if key not in excluded}
+    detections = {key: rows for key, rows in detections.items() if key not in excluded}
     if detections and not {video for video, _ in detections} & {video for video, _ in truth}:
         raise InputError(f"the detections are of other movies, as {next(iter(detections))[0]}")
     found = {action: [] for action in actions}  # (scores, right or wrong) of each keyframe
@@ -307,9 +293,7 @@ def score(truth, detections, actions, excluded=()):
             if action not in found:
                 continue
             ids = np.flatnonzero(rows[:, 4] == action)
-            ids = ids[
-                np.argsort(rows[ids, 5])[::-1]
-            ]  # equal scores as the official evaluator has them
+            ids = ids[np.argsort(rows[ids, 5])[::-1]]  # equal scores as in the official evaluator
             right = np.zeros(len(ids), dtype=bool)
             for i, row in enumerate(ids):
                 if best is not None and overlap[row, best[row]] >= 0.5 and best[row] not in matched:
@@ -359,12 +343,9 @@ def draw(keyframes, scores, args, out):
 
 def caption(scores, actions, most=3, least=0.2):
     """The highest-scoring actions of a person, at least one: (80,) -> text."""
-    ranked = sorted(((scores[i - 1].item(), name) for i, name in actions.items()), reverse=True)[
-        :most
-    ]
-    return ", ".join(
-        f"{name} {x:.2f}" for i, (x, name) in enumerate(ranked) if i == 0 or x >= least
-    )
+    ranked = sorted(((scores[i - 1].item(), name) for i, name in actions.items()), reverse=True)
+    shown = ranked[:1] + [pair for pair in ranked[1:most] if pair[0] >= least]
+    return ", ".join(f"{name} {value:.2f}" for value, name in shown)
 
 
 def predict(detector, args):
@@ -384,9 +365,8 @@ def predict(detector, args):
     write_detections(out / "detections.csv", keyframes, scores, args.actions)
     draw(keyframes, scores, args, out)
     if failures:
-        raise InputError(
-            f"{args.predict}: {len(failures)} of {len(keyframes)} seconds cannot be read"
-        )
+        count = f"{len(failures)} of {len(keyframes)}"
+        raise InputError(f"{args.predict}: {count} seconds cannot be read")
 
 
 def main():
@@ -394,11 +374,10 @@ def main():
     if args.score:
         if not args.ground_truth or not args.action_list:
             raise InputError("--score needs --ground_truth CSV and --action_list PBTXT")
-        truth, actions = (
-            data.read_boxes(args.ground_truth, False),
-            data.read_action_list(args.action_list),
-        )
-        score(truth, data.read_boxes(args.score), actions, data.read_excluded(args.excluded))
+        truth = data.read_boxes(args.ground_truth, scored=False)
+        actions = data.read_action_list(args.action_list)
+        excluded = data.read_excluded(args.excluded)
+        score(truth, data.read_boxes(args.score), actions, excluded)
         return None
     if not (args.eval or args.predict):
         return train(args)

@@ -35,7 +35,6 @@ from model import (
     Classifier,
     InputError,
     Run,
-    announce,
     autocast,
     compile_blocks,
     cosine_decay,
@@ -49,6 +48,7 @@ from model import (
     parameter_groups,
     parse_twice,
     positive_int,
+    print_plan,
     print_rank0,
     random_mask,
     resume,
@@ -149,38 +149,22 @@ def parse_args(argv=None):
     add("--num_classes", type=positive_int, help="None: the data set's")
     add("--repeat_aug", type=positive_int, help="clips of a video that is opened")
     add("--crop_scale", type=fraction, nargs=2, metavar=("MIN", "MAX"), help="area of a crop, of 1")
-    add(
-        "--segments",
-        action=switch,
-        default=False,
-        help="a frame from each of equal parts, as on SSv2",
-    )
+    parts = "a frame from each of equal parts, as on SSv2"
+    add("--segments", action=switch, default=False, help=parts)
     add("--rand_augment", type=float, nargs=2, metavar=("MAGNITUDE", "STD"), help="of 10; 0 0: off")
-    add(
-        "--random_erasing",
-        type=fraction,
-        default=0.0,
-        help="probability; 0.25 in the released code",
-    )
+    erasing = "probability; 0.25 in the released code"
+    add("--random_erasing", type=fraction, default=0.0, help=erasing)
     add("--mixup", type=float, help="alpha; each batch has MixUp or CutMix; 0: off")
     add("--cutmix", type=float, help="alpha; 0: off")
     add("--label_smoothing", type=fraction, help="share of the target that all classes get")
     add("--drop_path", type=fraction, help="stochastic depth of the last block")
     add("--dropout", type=fraction, help="before the head")
     add("--layer_decay", type=fraction, help="layer-wise lr decay; 0 trains the head only")
-    add(
-        "--mask_start",
-        type=fraction,
-        default=0.0,
-        help="mask ratio at first, 0 at the end (Table 11)",
-    )
+    masking = "mask ratio at first, 0 at the end (Table 11)"
+    add("--mask_start", type=fraction, default=0.0, help=masking)
     add = parser.add_argument_group("test").add_argument
-    add(
-        "--val_epochs",
-        type=float,
-        default=0,
-        help="effective epochs between tests with one view; 0: none",
-    )
+    between = "effective epochs between tests with one view; 0: none"
+    add("--val_epochs", type=float, default=0, help=between)
     add("--views", type=views, help="clips x crops of a video, such as 7x3")
     add("--eval", action="store_true", help="test the classifier in --init")
     add("--predict", nargs="+", metavar="VIDEO", help="print the likeliest classes, by --init")
@@ -207,18 +191,12 @@ def train(args):
     data.locate_data(args, "kinetics")
     if Path(args.data).is_file():
         raise InputError(f"{args.data}: a list to train or to test on? Give the folder with both")
-    expected = args.num_classes or CLASSES.get(args.dataset)
-    videos = on_rank0(data.find_videos, args.data, "train", args.videos, expected)
-    args.class_names = classes = videos.class_names
-    args.num_classes = expected or (len(classes) if classes else int(videos.labels.max()) + 1)
-    if classes and len(classes) != args.num_classes:
-        count = f"{len(classes)} classes, not {expected}"
-        raise InputError(
-            f"{videos.source}: {count}; if that is meant: --num_classes {len(classes)}"
-        )
-    known = classes or args.num_classes
-    held_out = on_rank0(data.find_videos, args.data, "val", args.videos, known)
-    steps, micro_batch, micro_steps = split_batch(args, len(videos), device, MICRO_BATCH)
+    classes = args.num_classes or CLASSES.get(args.dataset)
+    videos = on_rank0(data.find_videos, args.data, "train", args.videos, classes)
+    args.num_classes, args.class_names = videos.num_classes, videos.class_names
+    classes = args.class_names or args.num_classes
+    held_out = on_rank0(data.find_videos, args.data, "val", args.videos, classes)
+    steps, micro_steps = split_batch(args, len(videos), device, MICRO_BATCH)
 
     # --------------------------------------------------------------- model
     torch.manual_seed(args.seed)
@@ -238,16 +216,16 @@ def train(args):
     optimizer = make_optimizer(args, groups)
     start = resume(args, MAY_DIFFER, classifier, optimizer, videos)
     flops = None if args.mask_start else count_flops(Classifier, config)
-    announce(args, classifier, videos, steps, micro_batch, flops)
+    print_plan(args, classifier, videos, steps, flops)
 
     # ---------------------------------------------------------------- loop
     draw_noise = None
     if args.mask_start:
         draw_noise = functools.partial(random_mask, classifier.grid, args.mask_start)
-    if micro_batch == 1 and (args.mixup or args.cutmix):
+    if args.micro_batch == 1 and (args.mixup or args.cutmix):
         print_rank0("warning: a micro-batch of 1 video has no other to be mixed with")
     clips = ClipDataset(videos, args, draw_noise, augmentation(args))
-    batches = Batches(clips, micro_batch, device, start, steps)
+    batches = Batches(clips, device, start, steps)
     with Run(args, videos, batches, start, steps, flops) as run:
         for step in range(start, steps):
             lr = cosine_decay(run.epoch(step), args.lr, args.warmup_epochs, args.epochs)
@@ -269,24 +247,24 @@ def train(args):
                 micro_loss = F.cross_entropy(logits.float(), target, label_smoothing=smoothing)
                 (micro_loss / micro_steps).backward()
                 loss += micro_loss.detach() / micro_steps
-            grad_norm = torch.nn.utils.clip_grad_norm_(
-                classifier.parameters(), args.clip_grad or math.inf
-            )
+            parameters = classifier.parameters()
+            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad or math.inf)
             optimizer.step()
             optimizer.zero_grad()
 
             run.record(loss, grad_norm)
-            if run.at_log_point():
+            validates = run.every(args.val_epochs)
+            if run.at_log_point() or validates:
                 run.log(lr=lr, mask_ratio=mask_ratio)  # raises if the loss is not finite
-                if run.passed(args.val_epochs) and not run.stopping:
-                    top1 = test(classifier, held_out, args, (1, 1))["top1"]
-                    run.write(step=run.done, val_top1=top1)
-                    classifier.train()
+            if validates and not run.stopping:
+                top1 = test(classifier, held_out, args, (1, 1))["top1"]
+                run.write(step=run.done, val_top1=top1)
+                classifier.train()
             if run.save_due():
                 run.save(classifier, optimizer, config)
             if run.stopping:
                 break
-    if run.ended():
+    if run.was_stopped():
         return STOPPED
     report(test(classifier, held_out, args, args.views), args)
     print_rank0(f"next: python finetune_cls.py --predict VIDEO --init {run.out}/checkpoint.pt")

@@ -35,7 +35,6 @@ from model import (
     WORLD,
     InputError,
     Run,
-    announce,
     autocast,
     compile_blocks,
     cosine_decay,
@@ -49,8 +48,8 @@ from model import (
     on_rank0,
     parameter_groups,
     parse_twice,
-    patchify,
     positive_int,
+    print_plan,
     resume,
     run_main,
     split_batch,
@@ -76,7 +75,7 @@ SSV2 = dict(hflip=False, segments=True)  # in place of these, as in fine-tuning:
 DEMO = KINETICS | dict(  # vit_demo, minutes on two CPU cores: many small steps of different videos
     lr=2e-3,
     warmup_epochs=4,
-    epochs=48,
+    epochs=32,
     repeat_aug=1,  # clips of such short videos are much alike, and opening one costs little
     batch_size=32,
     clip_grad=1.0,
@@ -104,20 +103,15 @@ def parse_args(argv=None):
     add("--mask_type", choices=MASK_TYPES, default="agnostic", help=kinds)
     add("--repeat_aug", type=positive_int, help="clips of a video that is opened")
     add("--crop_scale", type=fraction, nargs=2, metavar=("MIN", "MAX"), help="area of a crop, of 1")
-    add(
-        "--segments",
-        action=switch,
-        default=False,
-        help="a frame from each of equal parts, as on SSv2",
-    )
+    parts = "a frame from each of equal parts, as on SSv2"
+    add("--segments", action=switch, default=False, help=parts)
     add("--norm_pix_loss", action=switch, default=True, help="normalise each target patch")
     add("--pred_t_dim", type=int, help="frames to predict; None: one of each tubelet")
     add("--decoder_embed_dim", type=int, default=512, help="Table 12b: 128, 256 or 512")
     add("--decoder_depth", type=int, default=4, help="Table 12c: 1, 2, 4 or 8 blocks")
     add("--decoder_num_heads", type=int, help="None: 64 wide each")
-    add(
-        "--visualize", nargs="+", metavar="VIDEO", help="draw what the model in --init reconstructs"
-    )
+    drawn = "draw what the model in --init reconstructs"
+    add("--visualize", nargs="+", metavar="VIDEO", help=drawn)
     return parse_twice(parser, "mae_pretrain", "kinetics400", recipe_of, argv)
 
 
@@ -142,7 +136,7 @@ def train(args):
     # ---------------------------------------------------------------- data
     data.locate_data(args, "unlabelled")
     videos = on_rank0(find_videos, args.data, "train", args.videos)
-    steps, micro_batch, micro_steps = split_batch(args, len(videos), device, MICRO_BATCH)
+    steps, micro_steps = split_batch(args, len(videos), device, MICRO_BATCH)
 
     # --------------------------------------------------------------- model
     torch.manual_seed(args.seed)
@@ -162,12 +156,12 @@ def train(args):
     start = resume(args, MAY_DIFFER, mae, optimizer, videos)
     noise = torch.empty(1, math.prod(mae.grid), device="meta")
     flops = count_flops(MAE, config, args.mask_ratio, noise)
-    announce(args, mae, videos, steps, micro_batch, flops)
+    print_plan(args, mae, videos, steps, flops)
 
     # ---------------------------------------------------------------- loop
     draw_noise = functools.partial(MASK_TYPES[args.mask_type], mae.grid, args.mask_ratio)
     clips = ClipDataset(videos, args, draw_noise)
-    batches = Batches(clips, micro_batch, device, start, steps)
+    batches = Batches(clips, device, start, steps)
     with Run(args, videos, batches, start, steps, flops) as run:
         for step in range(start, steps):
             lr = cosine_decay(run.epoch(step), args.lr, args.warmup_epochs, args.epochs)
@@ -194,7 +188,7 @@ def train(args):
                 run.save(mae, optimizer, config)
             if run.stopping:
                 break
-    if run.ended():
+    if run.was_stopped():
         return STOPPED
 
     # -------------------------------------------------------------- figure
@@ -217,20 +211,19 @@ def reconstruct(mae, clip, mask_ratio):
     """
     video = clip.permute(3, 0, 1, 2)[None]  # (1, 3, T, H, W)
     _, pred, mask = mae(video, mask_ratio)
-    tubelets = patchify(video, mae.patch_size, mae.t_patch_size)
+    tubelets, grid = mae.patchify(video)
     truth = normalize(tubelets[..., : pred.shape[-1]])  # (1, N, pred_frames*p*p*3)
     if mae.norm_pix_loss:
         var, mean = torch.var_mean(truth, dim=-1, keepdim=True)
         pred = pred * (var + 1e-6).sqrt() + mean
     hidden = mask[..., None] == 1
     shown = torch.cat([truth, truth.masked_fill(hidden, 0), torch.where(hidden, pred, truth)])
-    pixels = unpatchify(shown, mae.grid_of(video), mae.patch_size) * PIXEL_STD + PIXEL_MEAN
+    pixels = unpatchify(shown, grid, mae.patch_size) * PIXEL_STD + PIXEL_MEAN
     return (255 * pixels).round().clamp(0, 255).byte().transpose(1, 2).cpu()
 
 
 def visualize(mae, paths, out, args, device):
-    """Draw the clip in the middle of each video in `out`: a PNG laid out as Figure 2, and an
-    animation.
+    """Draw the middle of each video in `out`: a PNG laid out as Figure 2, and an animation.
 
     Rows, or columns of the animation: original, masked input, reconstruction. Returns how many
     videos are unreadable.

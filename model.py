@@ -18,6 +18,7 @@ code, so its files load as they are.
 import argparse
 import contextlib
 import ctypes
+import itertools
 import json
 import math
 import os
@@ -56,8 +57,7 @@ class InputError(ValueError):
 
 
 def patchify(video, patch_size, t_patch_size):
-    """Cut a video into tubelets: (B, 3, T, H, W) -> (B, N, u*p*p*3); u = t_patch_size, p =
-    patch_size.
+    """Cut a video into tubelets of u x p x p pixels: (B, 3, T, H, W) -> (B, N, u*p*p*3).
 
     Tokens are ordered by time, row, column; the numbers of a token by frame, row, column, channel.
     Frames, rows and columns that do not fill a whole tubelet are dropped, as a strided convolution
@@ -66,10 +66,6 @@ def patchify(video, patch_size, t_patch_size):
     B, C, T, H, W = video.shape
     u, p = t_patch_size, patch_size
     t, h, w = T // u, H // p, W // p
-    if min(t, h, w) == 0:
-        raise InputError(
-            f"a clip of {T} x {H} x {W} is smaller than one tubelet of {u} x {p} x {p}"
-        )
     video = video[:, :, : t * u, : h * p, : w * p].reshape(B, C, t, u, h, p, w, p)
     return video.permute(0, 2, 4, 6, 3, 5, 7, 1).reshape(B, t * h * w, u * p * p * C)
 
@@ -99,24 +95,24 @@ def pick_rows(x, ids):
 
 
 def random_mask(grid, mask_ratio):
-    """ "agnostic": each token on its own, wherever it is in space and time."""
+    """Agnostic: each token on its own, wherever it is in space and time."""
     return torch.rand(math.prod(grid))
 
 
 def tube_mask(grid, mask_ratio):
-    """ "space-only": the same places in every time step."""
+    """Space-only: tubes, the same places in every time step."""
     t, h, w = grid
     return torch.rand(h * w).repeat(t)
 
 
 def frame_mask(grid, mask_ratio):
-    """ "time-only": whole time steps."""
+    """Time-only: whole time steps."""
     t, h, w = grid
     return torch.rand(t).repeat_interleave(h * w)
 
 
 def block_mask(grid, mask_ratio):
-    """ "block-wise": boxes, each side from a quarter to a little over half of the grid's."""
+    """Block-wise: boxes, each side from a quarter to a little over half of the grid's."""
     boxes, level = 0, torch.zeros(grid)  # 0 where no box is, and lower in later boxes
     while (level == 0).sum() > num_visible(grid, mask_ratio):
         box = ()
@@ -140,22 +136,17 @@ MASK_TYPES = {
 
 
 def num_visible(grid, mask_ratio, mask_type="agnostic"):
-    """How many of t * h * w tokens stay: int(N * (1 - ratio)), of tubes or time steps in whole
-    ones.
+    """How many of t * h * w tokens stay: int(N * (1 - ratio)), in whole tubes or time steps.
 
     Raises InputError if the ratio is outside [0, 1) or leaves no token.
     """
-    if not 0 <= mask_ratio < 1:
-        raise InputError(f"mask ratio {mask_ratio} is outside [0, 1)")
     t, h, w = grid
-    unit = {"space-only": t, "time-only": h * w}.get(
-        mask_type, 1
-    )  # tokens that are hidden together
+    unit = {"space-only": t, "time-only": h * w}.get(mask_type, 1)  # tokens hidden together
     visible = unit * int(t * h * w // unit * (1 - mask_ratio))
-    if visible == 0:
+    if not 0 < visible <= t * h * w:
         raise InputError(
-            f"{mask_type} masking of {t} x {h} x {w} tokens at ratio {mask_ratio} hides them all; "
-            f"use a ratio below {1 - unit / (t * h * w):.4g}"
+            f"--mask_ratio {mask_ratio} of {t} x {h} x {w} tokens, {mask_type}: "
+            f"use a ratio from 0 to {1 - unit / (t * h * w):.4g}"
         )
     return visible
 
@@ -176,10 +167,8 @@ class TubeletEmbed(nn.Module):
         self.proj = nn.Conv3d(3, embed_dim, kernel_size=size, stride=size)
 
     def forward(self, tubelets):
-        weight = self.proj.weight.permute(0, 2, 3, 4, 1).flatten(
-            1
-        )  # (D, 3, u, p, p) -> (D, u*p*p*3)
-        return F.linear(tubelets, weight, self.proj.bias)
+        weight = self.proj.weight.permute(0, 2, 3, 4, 1)  # (D, 3, u, p, p) -> (D, u, p, p, 3)
+        return F.linear(tubelets, weight.flatten(1), self.proj.bias)
 
 
 class Attention(nn.Module):
@@ -243,26 +232,24 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-def resize_space(table, old, new):
-    """Resize positions in space, bicubic: (1, h*w, D) on grid `old` = (h, w) -> (1, h'*w', D) on
-    `new`.
-    """
-    if tuple(old) == tuple(new):
+def resize_space(table, size, new_size):
+    """Resize positions in space, bicubic: (1, h*w, D) of size (h, w) -> (1, h'*w', D)."""
+    if tuple(size) == tuple(new_size):
         return table
-    image = table.float().unflatten(1, old).permute(0, 3, 1, 2)
-    return F.interpolate(image, size=tuple(new), mode="bicubic").flatten(2).mT
+    image = table.float().unflatten(1, size).permute(0, 3, 1, 2)
+    return F.interpolate(image, size=tuple(new_size), mode="bicubic").flatten(2).mT
 
 
-def resize_time(table, new):
-    """Resize positions along one direction, linear: (1, n, D) -> (1, new, D)."""
-    if table.shape[1] == new:
+def resize_time(table, length):
+    """Resize positions along one direction, linear: (1, n, D) -> (1, length, D)."""
+    if table.shape[1] == length:
         return table
-    return F.interpolate(table.float().mT, size=new, mode="linear").mT
+    return F.interpolate(table.float().mT, size=length, mode="linear").mT
 
 
-def add_positions(cls, space, time, old, new):
-    """Separable positions, class token first: (1, 1 + N, D); resized from grid `old` to `new`."""
-    space, time = resize_space(space, old[1:], new[1:]), resize_time(time, new[0])
+def add_positions(cls, space, time, own_grid, grid):
+    """Separable positions, class token first: (1, 1 + N, D); resized from the tables' own grid."""
+    space, time = resize_space(space, own_grid[1:], grid[1:]), resize_time(time, grid[0])
     places = (time[0, :, None] + space[0]).flatten(0, 1)  # (N, D)
     # cls[0], not cls: its gradient then has the strides that DDP wants.
     return torch.cat([cls[0], places])[None]
@@ -307,33 +294,32 @@ class VideoViT(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
 
     def add_head(self, num_classes, dropout):
-        """Dropout and a linear layer on the features, for fine-tuning; draws all weights."""
+        """Dropout and a linear layer on the features, for fine-tuning."""
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(self.embed_dim, num_classes)
-        self.init_weights()
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
 
     def init_weights(self):
-        """Positions and tokens trunc_normal(0.02), linear layers Xavier-uniform, biases 0."""
+        """Positions, tokens, the head trunc_normal(0.02), other layers Xavier-uniform, biases 0."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv3d)):
                 nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
                 nn.init.zeros_(module.bias)
         for name, parameter in self.named_parameters():
-            if "pos_embed" in name or "token" in name:
+            if re.search("pos_embed|token|^head.weight", name):
                 nn.init.trunc_normal_(parameter, std=0.02)
 
-    def grid_of(self, video):
-        """The grid (t, h, w) of tokens of a video (B, 3, T, H, W)."""
+    def patchify(self, video):
+        """The tubelets of a video (B, 3, T, H, W), (B, N, u*p*p*3), and their grid (t, h, w)."""
         T, H, W = video.shape[2:]
-        return T // self.t_patch_size, H // self.patch_size, W // self.patch_size
+        grid = T // self.t_patch_size, H // self.patch_size, W // self.patch_size
+        return patchify(video, self.patch_size, self.t_patch_size), grid
 
     def forward_encoder(self, tubelets, grid, ids=None):
-        """Encode the given tubelets and see no others: (B, V, u*p*p*3) -> (B, 1 + V, D), class
-        first.
+        """Encode the given tubelets and see no others: (B, V, u*p*p*3) -> (B, 1 + V, D).
 
-        ids (B, V): their places in the grid, counted by time, row, column; None: all N in order.
-        Without the final norm, which MAE applies to each token and a classifier to their average.
+        The class token comes first. ids (B, V): their places in the grid, counted by time, row,
+        column; None: all N in order. Without the final norm, which MAE applies to each token and a
+        classifier to their average.
         """
         cls, space, time = self.pos_embed_class, self.pos_embed_spatial, self.pos_embed_temporal
         positions = add_positions(cls, space, time, self.grid, grid)  # (1, 1 + N, D)
@@ -386,8 +372,7 @@ def start_from_sines(model):
 
 
 class MAE(VideoViT):
-    """The masked autoencoder (section 3): encode the visible tubelets, decode all, score the
-    hidden.
+    """The masked autoencoder (section 3): encode visible tubelets, decode all, score the hidden.
 
     pred_t_dim: frames to predict of a clip; num_frames // t_patch_size, the default, predicts a
     slice of each tubelet, its first frame; num_frames predicts whole tubelets. norm_pix_loss:
@@ -412,8 +397,6 @@ class MAE(VideoViT):
             raise InputError(
                 f"pred_t_dim {pred_t_dim}: {t} predicts a slice of each tubelet, {frames} all of it"
             )
-        if mask_type not in MASK_TYPES:
-            raise InputError(f"mask type {mask_type!r} is none of {', '.join(MASK_TYPES)}")
         if dim % decoder_num_heads:
             raise InputError(f"{decoder_num_heads} decoder heads do not divide a width of {dim}")
         self.norm_pix_loss, self.mask_type = norm_pix_loss, mask_type
@@ -424,9 +407,8 @@ class MAE(VideoViT):
         self.decoder_pos_embed_spatial = nn.Parameter(torch.empty(1, h * w, dim))
         self.decoder_pos_embed_temporal = nn.Parameter(torch.empty(1, t, dim))
         self.decoder_pos_embed_class = nn.Parameter(torch.empty(1, 1, dim))
-        self.decoder_blocks = nn.ModuleList(
-            Block(dim, decoder_num_heads) for _ in range(decoder_depth)
-        )
+        blocks = [Block(dim, decoder_num_heads) for _ in range(decoder_depth)]
+        self.decoder_blocks = nn.ModuleList(blocks)
         self.decoder_norm = nn.LayerNorm(dim, eps=1e-6)
         self.decoder_pred = nn.Linear(dim, self.pred_frames * self.patch_size**2 * 3)
         self.init_weights()
@@ -439,9 +421,8 @@ class MAE(VideoViT):
         x = self.decoder_embed(latent[:, 1:])  # the encoder's class token ends here
         B, V, _ = x.shape
         mask_tokens = self.mask_token.to(x.dtype).repeat(B, order.shape[1] - V, 1)
-        x = pick_rows(
-            torch.cat([x, mask_tokens], 1), order.argsort(1)
-        )  # all in their places: (B, N, C)
+        x = torch.cat([x, mask_tokens], 1)
+        x = pick_rows(x, order.argsort(1))  # argsort inverts the order: all in place, (B, N, C)
         x = torch.cat([self.decoder_cls_token[0].to(x.dtype).repeat(B, 1, 1), x], 1)
         x = x + add_positions(
             self.decoder_pos_embed_class,
@@ -462,14 +443,13 @@ class MAE(VideoViT):
         return target
 
     def forward(self, video, mask_ratio=0.9, noise=None):
-        """video (B, 3, T, H, W), uint8 or normalised floats -> loss, pred (B, N,
-        pred_frames*p*p*3), mask (B, N).
+        """video (B, 3, T, H, W), uint8 or normalised floats -> loss, pred, mask.
 
-        noise (B, N), from a mask function: the smallest stay visible; None: drawn here. mask is 1
-        at hidden tokens. The loss is the mean squared error on hidden tokens alone.
+        noise (B, N), from a mask function: the smallest stay visible; None: drawn here. The loss is
+        the mean squared error on hidden tokens alone. pred (B, N, pred_frames*p*p*3); mask (B, N)
+        is 1 at hidden tokens.
         """
-        grid = self.grid_of(video)
-        tubelets = patchify(video, self.patch_size, self.t_patch_size)  # (B, N, u*p*p*3)
+        tubelets, grid = self.patchify(video)  # (B, N, u*p*p*3)
         if noise is None:
             noise = torch.stack([MASK_TYPES[self.mask_type](grid, mask_ratio) for _ in video])
             noise = noise.to(video.device)
@@ -494,19 +474,18 @@ class Classifier(VideoViT):
     def __init__(self, num_classes=400, dropout=0.0, **encoder):
         super().__init__(**encoder)
         self.add_head(num_classes, dropout)
+        self.init_weights()
 
     def forward(self, video, mask_ratio=0.0, noise=None):
         """video (B, 3, T, H, W), uint8 or normalised floats -> logits (B, num_classes).
 
         mask_ratio hides tokens in training (Table 11): those with the smallest noise (B, N) stay.
         """
-        grid, visible = self.grid_of(video), None
-        tubelets = patchify(video, self.patch_size, self.t_patch_size)
+        (tubelets, grid), visible = self.patchify(video), None
         if mask_ratio:
             noise = torch.rand(tubelets.shape[:2], device=video.device) if noise is None else noise
-            visible = noise.argsort(dim=1, stable=True)[
-                :, : num_visible(grid, mask_ratio)
-            ]  # (B, V)
+            order = noise.argsort(dim=1, stable=True)
+            visible = order[:, : num_visible(grid, mask_ratio)]  # (B, V)
             tubelets = pick_rows(tubelets, visible)
         x = self.forward_encoder(tubelets, grid, visible)  # (B, 1 + V, D)
         return self.head(self.dropout(self.norm(x[:, 1:].mean(1))))
@@ -516,8 +495,7 @@ class Classifier(VideoViT):
 
 
 class RelPosAttention(Attention):
-    """Attention with decomposed relative positions, for Table 8 (MViTv2, arXiv:2112.01526, equation
-    4).
+    """Attention with decomposed relative positions, for Table 8 (MViTv2, arXiv:2112.01526).
 
     q . (R_t + R_h + R_w) is added to the logits of q and k; R depends on how far the two are apart
     in time, rows and columns, and is shared by the heads. The class token has none.
@@ -543,9 +521,7 @@ class RelPosAttention(Attention):
         # Comparisons, not one_hot, which torch.compile would compile anew for each size of a frame.
         ones = [at[:, None] == torch.arange(n, device=x.device) for at, n in places]
         ones = torch.cat(ones, -1).to(k.dtype).expand(*k.shape[:2], -1, -1)  # as products below
-        products = torch.cat(
-            self.relative_logits(q[:, :, 1:], grid), -1
-        )  # (B, heads, N, t + h + w)
+        products = self.relative_logits(q[:, :, 1:], grid)  # (B, heads, N, t + h + w)
         # Not -n % 8: compiled for sizes that vary, torch 2.6 gives wrong numbers for it on a CPU.
         fill = 7 - (C + t + h + w - 1) % 8
         q = torch.cat([q * C**-0.5, F.pad(products, (0, fill, 1, 0))], -1)
@@ -554,16 +530,15 @@ class RelPosAttention(Attention):
         return self.proj(x[..., :C].transpose(1, 2).flatten(2))
 
     def relative_logits(self, q, grid):
-        """q . R for each time, row and column: (B, heads, N, C) -> (B, heads, N, t), h, w."""
+        """q . R for each time, row, column: (B, heads, N, C) -> (B, heads, N, t + h + w)."""
         q, logits = q.unflatten(2, grid), []  # (B, heads, t, h, w, C)
         for axis, n, table in zip("thw", grid, (self.rel_pos_t, self.rel_pos_h, self.rel_pos_w)):
             place = torch.arange(n, device=q.device)
-            R = resize_time(table[None], 2 * n - 1)[0][
-                place[:, None] - place + n - 1
-            ]  # (n, n of k, C)
+            table = resize_time(table[None], 2 * n - 1)[0]
+            R = table[place[:, None] - place + n - 1]  # (n, n of k, C)
             product = torch.einsum(f"bnthwc,{axis}kc->bnthwk", q, R.to(q.dtype))
             logits.append(product.flatten(2, 4))
-        return logits
+        return torch.cat(logits, -1)
 
 
 class Detector(VideoViT):
@@ -579,6 +554,7 @@ class Detector(VideoViT):
         for block in self.blocks if rel_pos else ():
             block.attn = RelPosAttention(self.embed_dim, block.attn.num_heads, self.grid)
         self.add_head(num_classes, dropout)
+        self.init_weights()
 
     def forward(self, video, boxes):
         """video (B, 3, T, H, W), uint8 or normalised floats, and boxes -> logits (K, num_classes).
@@ -586,8 +562,7 @@ class Detector(VideoViT):
         boxes: x1, y1, x2, y2 in pixels of the clip, a list of B tensors (K_i, 4); they may reach
         beyond the clip. Any H and W: positions are resized.
         """
-        grid = self.grid_of(video)
-        tubelets = patchify(video, self.patch_size, self.t_patch_size)
+        tubelets, grid = self.patchify(video)
         x = self.norm(self.forward_encoder(tubelets, grid)[:, 1:])  # (B, N, D)
         features = x.unflatten(1, grid).mean(1).permute(0, 3, 1, 2)  # (B, D, h, w)
         return self.classify(features, boxes)
@@ -684,21 +659,18 @@ def load_pretrained(model, path):
     loaded = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
     new = [key for key in own if key not in loaded]
     optional = re.compile(r"head|decoder|mask_token|blocks\.\d+\.attn\.rel_pos").match
-    for key in new:
-        if not optional(key):
-            found = f"is {list(state[key].shape)}" if key in state else "is missing"
-            raise InputError(
-                f"{path}: does not fit this model: {key} {found}, not {list(own[key].shape)}; "
-                "is --model the size of the checkpoint?"
-            )
+    for key in filter(lambda key: not optional(key), new):
+        found = list(state[key].shape) if key in state else "missing"
+        raise InputError(
+            f"{path}: does not fit this model: {key} is {found}, not {list(own[key].shape)}; is "
+            "--model the size of the checkpoint?"
+        )
     model.load_state_dict(loaded, strict=False)
     left_out = [key for key in state if key not in loaded]
     report = {"loaded": list(loaded), "left out": left_out, "new": new}
     for name, keys in report.items():
         groups = ", ".join(sorted({key.split(".")[0] for key in keys}))
-        print_rank0(
-            f"{path}: {len(keys)} tensors {name}: {groups}" if keys else f"{path}: none {name}"
-        )
+        print_rank0(f"{path}: {len(keys) or 'no'} tensors {name}{': ' * bool(keys)}{groups}")
     return report
 
 
@@ -709,8 +681,7 @@ def start_from(model, path):
 
 
 def parameter_groups(model, weight_decay, layer_decay=1.0, decay_positions=False):
-    """Parameters with equal settings, as an optimizer takes them, with names and lr_scale (appendix
-    A).
+    """Parameters grouped by their settings, with names and lr_scale, for an optimizer (appendix A).
 
     No weight decay on biases and norms, and on tokens and positions only if asked for. Layer-wise
     decay: layer 0 is patch embedding, class token and positions, block i is layer i + 1, and layer
@@ -727,10 +698,9 @@ def parameter_groups(model, weight_decay, layer_decay=1.0, decay_positions=False
             layer = int(name.split(".")[1]) + 1
         is_position = re.search("token|pos_embed|rel_pos", name)
         decays = parameter.ndim > 1 and (decay_positions or not is_position)
-        key = layer_decay ** (depth + 1 - layer), weight_decay if decays else 0.0
-        group = groups.setdefault(
-            key, dict(params=[], names=[], lr_scale=key[0], weight_decay=key[1])
-        )
+        scale, decay = layer_decay ** (depth + 1 - layer), weight_decay if decays else 0.0
+        empty = dict(params=[], names=[], lr_scale=scale, weight_decay=decay)
+        group = groups.setdefault((scale, decay), empty)
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())
@@ -755,35 +725,29 @@ def cosine_decay(epoch, lr, warmup_epochs, epochs):
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
 TIMEOUT = timedelta(minutes=10)  # that a process waits for the others before it gives up
 STOPPED = 128 + signal.SIGTERM  # exit status of a run that was asked to stop
-# Flags on where and how fast to run: free to change on resume, not taken over from a checkpoint.
-RUN_FLAGS = {"output_dir", "resume", "num_workers", "micro_batch", "max_failures"}
-RUN_FLAGS |= {"log_interval", "save_minutes", "keep_epochs", "device", "compile"}
-RUN_FLAGS |= {"grad_checkpointing"}
+RUN_FLAGS = {  # where and how fast to run: free to change on resume, not taken from a checkpoint
+    "output_dir", "resume", "num_workers", "micro_batch", "max_failures", "log_interval",
+    "save_minutes", "keep_epochs", "device", "compile", "grad_checkpointing",
+}  # fmt: skip
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows the default of each flag, and the docstring as it is."""
 
 
-def at_least(low):
-    """A parser of whole numbers from `low` on, on the command line."""
+def bounded(kind, low, high=math.inf):
+    """A parser of numbers from low to high, on the command line."""
 
-    def whole_number(text):
-        if int(text) < low:
-            raise argparse.ArgumentTypeError(f"must be at least {low}")
-        return int(text)
+    def number(text):
+        if not low <= kind(text) <= high:
+            limit = "" if high == math.inf else f" and at most {high}"
+            raise argparse.ArgumentTypeError(f"must be at least {low}{limit}")
+        return kind(text)
 
-    return whole_number
-
-
-natural, positive_int = at_least(0), at_least(1)
+    return number
 
 
-def fraction(text):
-    """A number from 0 to 1, from the command line."""
-    if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError("must be between 0 and 1")
-    return float(text)
+natural, positive_int, fraction = bounded(int, 0), bounded(int, 1), bounded(float, 0, 1)
 
 
 def make_parser(doc, layouts):
@@ -856,8 +820,8 @@ def parse_twice(parser, stage, dataset, recipe_of, argv=None):
     defaults = {}
     if use and args.init:
         saved = read_checkpoint(args.init, check=False)
-        if isinstance(saved, dict) and isinstance(saved.get("args"), dict):
-            defaults = saved["args"] if "stage" in saved["args"] else {}
+        if isinstance(saved, dict) and "stage" in dict(saved.get("args") or {}):
+            defaults = saved["args"]
     if defaults.get("stage", stage) != stage:
         raise InputError(f"{args.init}: a checkpoint of {defaults['stage']}, not of {stage}")
     if args.dataset and defaults:  # other data than it was trained on
@@ -865,39 +829,33 @@ def parse_twice(parser, stage, dataset, recipe_of, argv=None):
     if not defaults:
         args.dataset = args.dataset or (Path(args.data).stem if args.data else dataset)
         args.model = args.model or ("vit_demo" if args.dataset == "demo" else "vit_l")
-        recipe = column(recipe_of(args), args.model)
-        defaults = recipe | dict(
-            dataset=args.dataset, model=args.model, lr=None, warmup_epochs=None
-        )
+        defaults = column(recipe_of(args), args.model)
+        defaults |= dict(dataset=args.dataset, model=args.model)
+        if args.batch_size and defaults["lr"]:
+            defaults["lr"] *= args.batch_size / defaults["batch_size"]
+        if args.epochs:
+            defaults["warmup_epochs"] *= min(1, args.epochs / defaults["epochs"])
     parser.set_defaults(**{n: defaults[n] for n in defaults if n not in RUN_FLAGS | {"init"}})
     parser.add_argument("-h", "--help", action="help", help="show this, with the recipe's values")
     args = parser.parse_args(argv)
     args.stage = stage
     if not use and args.lr is None:
-        if recipe["lr"] is None:
-            raise InputError(f"no learning rate for {args.model} in the recipe; give one with --lr")
-        args.lr = recipe["lr"] * args.batch_size / recipe["batch_size"]
-    if not use and args.warmup_epochs is None:
-        args.warmup_epochs = recipe["warmup_epochs"] * min(1, args.epochs / recipe["epochs"])
+        raise InputError(f"no learning rate for {args.model} in the recipe; give one with --lr")
     if args.output_dir is None:
+        folder = Path(args.init or "")
         args.output_dir = f"runs/{stage}_{args.dataset}_{args.model}"
         if use and args.init:
-            folder = Path(args.init) if Path(args.init).is_dir() else Path(args.init).parent
-            args.output_dir = str(folder / use)
+            args.output_dir = str((folder if folder.is_dir() else folder.parent) / use)
     return args
 
 
 def column(recipe, model):
-    """One model's column of a recipe: its value where models differ, or else ViT-L's.
-
-    Nothing stands in for a learning rate: None if the table does not give it.
-    """
-    out = {}
+    """One model's column of a recipe: fall back to ViT-L's, except for the learning rate."""
+    values = dict(recipe)
     for name, value in recipe.items():
         if isinstance(value, dict):
-            value = value.get(model, None if name == "lr" else value["vit_l"])
-        out[name] = value
-    return out
+            values[name] = value.get(model, None if name == "lr" else value["vit_l"])
+    return values
 
 
 def cores():
@@ -981,10 +939,10 @@ def on_rank0(function, *args):
 
 
 def split_batch(args, num_videos, device, largest):
-    """Split a global batch, and count the steps: (steps, micro_batch, micro_steps).
+    """Split a global batch, and count the steps: (steps, micro-batches of a step).
 
-    largest: {model: videos that a GPU has memory for}; a CPU takes one, but any number for
-    vit_demo. Raises InputError with sizes that fit.
+    Fills in --micro_batch. largest: {model: videos that a GPU has memory for}; a CPU takes one, but
+    any number for vit_demo. Raises InputError with sizes that fit.
     """
     share, rest = divmod(args.batch_size, WORLD)
     if rest or args.batch_size > num_videos:
@@ -996,14 +954,15 @@ def split_batch(args, num_videos, device, largest):
     most = largest.get(args.model, share)
     if device.type == "cpu" and args.model in largest:
         most = 1
-    micro_batch = args.micro_batch or math.gcd(share, most)
-    if share % micro_batch:
+    args.micro_batch = args.micro_batch or math.gcd(share, most)
+    if share % args.micro_batch:
         fits = [n for n in range(1, share + 1) if share % n == 0]
-        raise InputError(f"--micro_batch {micro_batch} does not divide {share} videos: {fits} do")
+        text = f"--micro_batch {args.micro_batch} does not divide {share} videos: {fits} do"
+        raise InputError(text)
     steps = round(args.epochs / args.repeat_aug * num_videos / args.batch_size)
     if steps < 1:
         raise InputError(f"--epochs {args.epochs:g} of {num_videos} videos are less than one step")
-    return steps, micro_batch, share // micro_batch
+    return steps, share // args.micro_batch
 
 
 def compile_blocks(model):
@@ -1022,7 +981,7 @@ def count_flops(model_class, config, *inputs):
     return 3 * counter.get_total_flops()
 
 
-def announce(args, model, videos, steps, micro_batch, flops):
+def print_plan(args, model, videos, steps, flops):
     """Say what a run is and what looks wrong with it, and write its arguments to args.json."""
     if RANK > 0:
         return
@@ -1032,18 +991,15 @@ def announce(args, model, videos, steps, micro_batch, flops):
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     print(f"{args.model}: {millions:.1f} M parameters, {args.precision} on {WORLD} x {device}")
     print(f"{videos.source}: {len(videos)} {videos.unit}, {args.epochs:g} effective epochs")
-    clips = f"{args.batch_size} {videos.unit} x {args.repeat_aug} clips, {micro_batch} at once"
+    clips = f"{args.batch_size} {videos.unit} x {args.repeat_aug} clips, {args.micro_batch} at once"
     print(f"{steps} steps of {clips}; learning rate {args.lr:.3g}, warm-up {args.warmup_epochs:g}")
     if steps < 500:
-        print(
-            "warning: so few steps teach little; more --epochs or a smaller --batch_size give more"
-        )
+        print("warning: so few steps teach little; give more --epochs, or a smaller --batch_size")
     if rest := args.img_size % model.patch_size:
         print(f"warning: {rest} of {args.img_size} rows and columns fill no patch and are dropped")
     if device == "cpu" and args.model != "vit_demo":
         gflop = flops * args.batch_size * args.repeat_aug / 1e9
-        seconds = f"{gflop / 100:,.0f} s if it reaches 100 a second"
-        print(f"warning: a step is {gflop:,.0f} GFLOP for this CPU, {seconds}")
+        print(f"warning: a step is {gflop:,.0f} GFLOP, {gflop / 100:,.0f} s at 100 GFLOP/s")
 
 
 @contextlib.contextmanager
@@ -1142,9 +1098,8 @@ class Run:
     def __init__(self, args, videos, batches, start, steps, flops=None):
         """start, steps: where the run begins and ends. flops: to train on a clip, or None."""
         self.args, self.videos, self.batches, self.flops = args, videos, batches, flops
-        self.done, self.logged, self.steps, self.out = start, start, steps, Path(args.output_dir)
+        self.done, self.steps, self.out = start, steps, Path(args.output_dir)
         self.pending, self.failed, self.asked, self.stopping = [], set(), None, None
-        self.unsaved = False  # whether it was asked to stop and has not saved since
         self.tick = self.saved = time.perf_counter()
         starts = gather(start)
         if len(set(starts)) > 1:
@@ -1164,15 +1119,20 @@ class Run:
         self.batches.close()
 
     def ask(self, number, _):
-        """The signal handler: ask the run to stop; a second Ctrl-C ends it at once."""
-        self.unsaved = self.unsaved or not self.asked
-        self.asked = signal.Signals(number).name
+        """The signal handler: ask the run to save and stop; a second Ctrl-C ends it at once."""
+        self.asked, self.saved = signal.Signals(number).name, -math.inf
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.write(2, f"{self.asked}: stopping soon; Ctrl-C again ends at once\n".encode())
 
     def epoch(self, step):
         """The effective epoch after so many steps: how often each video has been sampled."""
         return step * self.args.batch_size * self.args.repeat_aug / len(self.videos)
+
+    def every(self, epochs):
+        """Whether so many effective epochs, or a multiple, ended with the last step; 0: never."""
+        if not epochs:
+            return False
+        return self.epoch(self.done) // epochs > self.epoch(self.done - 1) // epochs
 
     def record(self, loss, grad_norm):
         """Count a step. Its numbers stay on the device until the next log point."""
@@ -1194,20 +1154,20 @@ class Run:
         batches, pending = self.batches, torch.stack(self.pending).tolist()
         reports = gather((pending, batches.waited, batches.failures, self.asked))
         values, waited, failures, asked = zip(*reports)
-        values = torch.tensor(values, dtype=torch.float64)  # (processes, steps, 2)
-        self.note_failures([failure for part in failures for failure in part])
+        for index, reason in itertools.chain(*failures):
+            self.note_failure(index, reason)
         self.check_finite(values)
-        seconds = time.perf_counter() - self.tick
-        speed = len(pending) * self.args.batch_size * self.args.repeat_aug / seconds
-        line = dict(step=self.done, epoch=self.epoch(self.done), loss=values[..., 0].mean().item())
-        line |= settings | dict(grad_norm=pending[-1][1], clips_per_s=speed)
+        seconds, count = time.perf_counter() - self.tick, len(pending)
+        speed = count * self.args.batch_size * self.args.repeat_aug / seconds
+        loss = sum(loss for part in values for loss, _ in part) / (count * WORLD)
+        line = dict(step=self.done, epoch=self.epoch(self.done), loss=loss) | settings
+        line |= dict(grad_norm=pending[-1][1], clips_per_s=speed)
         line |= dict(data_wait=sum(waited) / WORLD / seconds)
         if self.flops:
             line["tflops"] = self.flops * speed / 1e12
         self.write(**line)
-        self.bar.set_postfix_str(f"loss {line['loss']:.4f}, {speed:.0f} clips/s", refresh=False)
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} clips/s", refresh=False)
         self.stopping = next(filter(None, asked), None)
-        self.logged = self.done - len(pending)
         self.pending, batches.waited, batches.failures = [], 0.0, []
 
     def write(self, **line):
@@ -1216,17 +1176,14 @@ class Run:
             append(self.out / "log.jsonl", json.dumps(line))
         self.tick = time.perf_counter()
 
-    def note_failures(self, failures):
-        """Name each unreadable video once in failures.log; raise InputError at too many of them."""
+    def note_failure(self, index, reason):
+        """Name an unreadable video in failures.log; raise InputError at too many of them."""
         log, count, limit = self.out / "failures.log", len(self.videos), self.args.max_failures
-        text = log.read_text() if log.exists() else ""
-        for index, reason in failures:
-            name = os.fsencode(self.videos.name(index)).decode(errors="backslashreplace")
-            self.failed.add(name)
-            if RANK == 0 and f"{name}\t" not in text:
-                tqdm.write(f"skipped {name}: {reason}")
-                append(log, f"{name}\t{reason}")
-                text = log.read_text()
+        name = os.fsencode(self.videos.name(index)).decode(errors="backslashreplace")
+        if RANK == 0 and name not in self.failed:
+            tqdm.write(f"skipped {name}: {reason}")
+            append(log, f"{name}\t{reason}")
+        self.failed.add(name)
         limit = max(4, count // 100) if limit is None else limit
         if len(self.failed) > limit:
             raise InputError(
@@ -1235,50 +1192,44 @@ class Run:
             )
 
     def check_finite(self, values):
-        """Raise FloatingPointError if a loss or norm is not finite; values as in log."""
-        bad = ~values.isfinite()
-        if not bad.any():
-            return
-        i = int(bad.any(0).any(1).nonzero()[0])
-        step = self.done - len(self.pending) + i
-        ranks = bad[:, i, 0].nonzero().flatten().tolist() or range(WORLD)  # bad loss, or bad norm
-        names = [self.videos.name(j) for r in ranks for _, j in self.batches.keys(step, r)]
-        loss, norm = values[ranks[0], i].tolist()
-        raise FloatingPointError(
-            f"step {step}: loss {loss}, gradient norm {norm}. Lower --lr, or try --precision fp32. "
-            f"Checkpoints in {self.out} are from before. The step's {self.videos.unit}:\n"
-            + "\n".join(names[:10])
-        )
-
-    def passed(self, every):
-        """Whether a multiple of so many effective epochs lies between the last two log points."""
-        return bool(every) and self.epoch(self.done) // every > self.epoch(self.logged) // every
+        """Raise FloatingPointError if a loss or norm is not finite; values: by process and step."""
+        for step, pairs in enumerate(zip(*values), self.done - len(self.pending)):
+            bad = [rank for rank, (loss, _) in enumerate(pairs) if not math.isfinite(loss)]
+            if bad or not math.isfinite(pairs[0][1]):
+                ranks = bad or range(WORLD)  # a bad norm is the same on all of them
+                loss, norm = pairs[ranks[0]]
+                keys = [key for rank in ranks for key in self.batches.keys(step, rank)]
+                names = [self.videos.name(index) for _, index in keys[:10]]
+                raise FloatingPointError(
+                    f"step {step}: loss {loss}, gradient norm {norm}. Lower --lr, or try "
+                    f"--precision fp32. Checkpoints in {self.out} are from before. "
+                    f"The step's {self.videos.unit}:\n" + "\n".join(names)
+                )
 
     def save_due(self):
         """Whether process 0 saves now: by the clock, for --keep_epochs, at a stop, at the end."""
-        if self.pending:  # between log points: is what would be saved sound?
-            return RANK == 0 and self.unsaved and bool(self.pending[-1].isfinite().all())
         late = time.perf_counter() - self.saved > 60 * self.args.save_minutes
         ends = self.stopping or self.done == self.steps
-        return RANK == 0 and bool(late or ends or self.passed(self.args.keep_epochs))
+        due = bool(late or ends or self.every(self.args.keep_epochs))
+        # Between log points nobody has looked whether what would be saved is sound.
+        return RANK == 0 and due and (not self.pending or bool(self.pending[-1].isfinite().all()))
 
     def save(self, model, optimizer, config):
         """Write a checkpoint, with all that a resumed run needs."""
+        self.saved = time.perf_counter()
         content = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=self.done)
         content |= dict(args=vars(self.args), videos=self.videos.digest, config=config)
         save_checkpoint(self.out, content)
-        if not self.pending and self.passed(self.args.keep_epochs):
+        if self.every(self.args.keep_epochs):
             kept = self.out / f"checkpoint_epoch{self.epoch(self.done):.0f}.pt"
             shutil.copyfile(self.out / CHECKPOINTS[0], kept)
-        self.unsaved, self.saved = False, time.perf_counter()
 
-    def ended(self):
+    def was_stopped(self):
         """Say how the run ended. Returns whether it was asked to stop."""
-        gather(None)  # none leaves before the last checkpoint is there
+        gather(None)  # a barrier: none leaves before the last checkpoint is there
         if self.failed:
-            print_rank0(
-                f"{len(self.failed)} {self.videos.unit} could not be used: see failures.log"
-            )
+            failed = f"{len(self.failed)} {self.videos.unit}"
+            print_rank0(f"{failed} could not be used: see failures.log")
         if self.stopping:
             again = "the same command" + ("" if self.args.resume else " without --no-resume")
             print_rank0(

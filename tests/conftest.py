@@ -79,7 +79,7 @@ def make_videos(folder, counts):
             rows = csv.writer(file)
             rows.writerow(["label", "youtube_id", "time_start", "time_end", "split"])
             for i in range(count):
-                shape, motion = data.DEMO_SHAPES[i], data.DEMO_MOTIONS[i % 6]
+                shape, motion = [*data.DEMO_SHAPES][i], data.DEMO_MOTIONS[i % 6]
                 path = folder / split / f"{split}{i}_000005_000008.mp4"
                 seed = i + 100 * (split == "val")
                 frames, _ = data.draw_scene(seed, [(shape, motion, 0.5)], radius=(14.5, 18))
@@ -103,7 +103,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("folder")
     for split, count in {"train": 12, "val": 1}.items():
         for i in range(count):
-            shape, motion = data.DEMO_SHAPES[i % 8], data.DEMO_MOTIONS[i % 6]
+            shape, motion = [*data.DEMO_SHAPES][i % 8], data.DEMO_MOTIONS[i % 6]
             frames, _ = data.draw_scene(i, [(shape, motion, 0.5)], radius=(14.5, 18))
             data.write_video(folder / f"{split}{i}.mp4", frames, 15)
         lines = [f"{split}{i}.mp4 {i % 8}\n" for i in range(count)]

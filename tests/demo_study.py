@@ -1,7 +1,8 @@
 """What the paper found, in small: every figure of the README's tables on the demo, by the stages' own commands.
 
-    python tests/demo_study.py pays        does pre-training pay? classification, both sides searched alike; 3 seeds
+    python tests/demo_study.py pays        does pre-training pay? classification, each side at its best; 3 seeds
     python tests/demo_study.py detects     the same for detection
+    python tests/demo_study.py search      the search for each side's best learning rate, decay and length
     python tests/demo_study.py ablations   masking, ratio, decoder, repeated sampling, masked fine-tuning, image start
     python tests/demo_study.py             all of it: hours
 
@@ -28,6 +29,10 @@ RATES = {"finetune_cls": (5e-4, 1e-3, 2e-3, 4e-3), "finetune_ava": (1e-3, 2e-3, 
 DECAYS = 1.0, 0.75
 LENGTHS = {"finetune_cls": (40, 80), "finetune_ava": (20, 40)}
 PROBE_RATES = 1e-2, 3e-2
+BEST = {  # what the search found: learning rate, layer-wise decay, epochs
+    "finetune_cls": {"scratch": (5e-4, 1.0, 80), "pre-trained": (4e-3, 0.75, 80)},
+    "finetune_ava": {"scratch": (4e-3, 1.0, 40), "pre-trained": (2e-3, 0.75, 40)},
+}
 
 
 class Study:
@@ -83,59 +88,48 @@ def score_of(stage, results):
     return results["top1"] if stage == "finetune_cls" else 100 * results["mAP"]
 
 
-def compare(study, stage):
-    """From scratch and pre-trained: each with its own best learning rate, decay and length; then three seeds.
+def start(study, stage, side, lr, decay, epochs, seed=0):
+    """A fine-tuning. A seed is one of everything: that of the pre-training, too."""
+    init = {"init": study.pretrain(f"seed{seed}", seed=seed)} if side == "pre-trained" else {}
+    name = f"{side}_lr{lr:g}_decay{decay:g}_epochs{epochs}_seed{seed}"
+    return study.start(stage, name, **init, lr=lr, layer_decay=decay, epochs=epochs, seed=seed)
 
-    A seed is one of everything: a pre-trained run of seed 1 starts from a pre-training of seed 1.
-    """
+
+def search(study, stage):
+    """Every rate and decay at the short length with seed 0, then the best three of each side at the long one."""
     short, long = LENGTHS[stage]
-    sides = "scratch", "pre-trained"
-    for seed in SEEDS:  # they take longest: first in the queue
-        study.start("mae_pretrain", f"seed{seed}", seed=seed)
+    settings = list(itertools.product(BEST[stage], RATES[stage], DECAYS))
+    runs = {(*setting, short): start(study, stage, *setting, short) for setting in settings}
+    scores = {setting: score_of(stage, run.result()) for setting, run in runs.items()}
+    for side in BEST[stage]:
+        better = sorted((s for s in scores if s[0] == side), key=scores.get, reverse=True)[:3]
+        runs = {(*s[:3], long): start(study, stage, *s[:3], long) for s in better}
+        scores |= {setting: score_of(stage, run.result()) for setting, run in runs.items()}
+    print(f"\n{stage}, seed 0      learning rate  layer-wise decay  epochs     score")
+    for (side, lr, decay, epochs), score in sorted(scores.items()):
+        print(f"{side:24}{lr:12g}{decay:18g}{epochs:8}{score:9.1f}", flush=True)
 
-    def start(side, lr, decay, epochs, seed=0):
-        init = {"init": study.pretrain(f"seed{seed}", seed=seed)} if side == "pre-trained" else {}
-        name = f"{side}_lr{lr:g}_decay{decay:g}_epochs{epochs}_seed{seed}"
-        return study.start(stage, name, **init, lr=lr, layer_decay=decay, epochs=epochs, seed=seed)
 
-    settings = list(itertools.product(sides, RATES[stage], DECAYS))
-    searched = {setting: start(*setting, short) for setting in settings}
-    searched = {
-        (*setting, short): score_of(stage, run.result()) for setting, run in searched.items()
-    }
-    longer = {}
-    for side in sides:
-        better = sorted((s for s in searched if s[0] == side), key=searched.get, reverse=True)[:3]
-        longer |= {(*s[:3], long): start(*s[:3], long) for s in better}
-    searched |= {setting: score_of(stage, run.result()) for setting, run in longer.items()}
-    print(
-        f"\n{stage}, seed 0      learning rate  layer-wise decay  epochs   {'top-1' if 'cls' in stage else 'mAP'}"
-    )
-    for (side, lr, decay, epochs), score in sorted(searched.items()):
-        print(f"{side:24}{lr:12g}{decay:18g}{epochs:8}{score:9.1f}")
-    best = {side: max((s for s in searched if s[0] == side), key=searched.get) for side in sides}
-    finals = {side: [start(*best[side], seed) for seed in SEEDS] for side in sides}
-    print(f"\n{stage}, the best of each, mean of {len(SEEDS)} seeds (lowest to highest)")
-    for side, runs in finals.items():
-        print(
-            f"{side:14}{best[side][1:]}   {spread([score_of(stage, run.result()) for run in runs])}",
-            flush=True,
-        )
+def compare(study, stage):
+    """From scratch and pre-trained, each at its best: mean and range of the seeds."""
+    print(f"\n{stage}: learning rate, layer-wise decay, epochs; mean (lowest to highest)")
+    runs = {}
+    for seed, side in itertools.product(SEEDS, BEST[stage]):
+        runs.setdefault(side, []).append(start(study, stage, side, *BEST[stage][side], seed))
+    for side, best in BEST[stage].items():
+        scores = spread([score_of(stage, run.result()) for run in runs[side]])
+        print(f"{side:14}{best}   {scores}", flush=True)
     if stage == "finetune_cls":
-        probes = {side: [start(side, lr, 0, short) for lr in PROBE_RATES] for side in sides}
-        for side, runs in probes.items():
-            score = max(score_of(stage, run.result()) for run in runs)
+        for side in BEST[stage]:
+            probes = [start(study, stage, side, lr, 0, LENGTHS[stage][0]) for lr in PROBE_RATES]
+            score = max(score_of(stage, run.result()) for run in probes)
             print(f"{side}, a linear probe (--layer_decay 0): {score:.1f}", flush=True)
 
 
-# What the ablations start from: the demo's recipes, both shortened.
-BASE = {"epochs": 32}
+BASE = {}  # what the ablations start from: the demo's recipe, and a fine-tuning half as long
 FINETUNING = {"epochs": 40}
 # Each ablation: what it varies, and the paper's figure for it ("": it gives none).
 ABLATIONS = {
-    "nothing changed: what chance does": {
-        f"pre-training's seed {n}": ({"seed": n} if n else {}, "") for n in (0, 1)
-    },
     "masked fine-tuning (Table 11)": {
         f"from {start:.0%}": ({"mask_start": start} if start else {}, paper)
         for start, paper in ((0, "84.4, 1.0 x"), (0.5, "84.1, 1.2 x"), (0.75, "83.8, 1.3 x"))
@@ -167,28 +161,28 @@ ABLATIONS = {
         "64": ({}, 63.4),
     },
     "decoder depth (Table 12c)": {
-        f"{n} blocks": ({"decoder_depth": n} if n != 2 else {}, paper)
+        f"{n} blocks": ({"decoder_depth": n} if n != 1 else {}, paper)
         for n, paper in ((1, 63.9), (2, 63.4), (4, 63.4))
     },
 }
 
 
 def ablate(study, flags):
-    """One row: the pre-training with these flags (mask_start is one of fine-tuning), and its fine-tunings, as results."""
+    """One row: as many pre-trainings with these flags as seeds, each fine-tuned once: their results.
+
+    mask_start is a flag of fine-tuning.
+    """
     flags = BASE | flags
     masked = {"mask_start": flags.pop("mask_start")} if "mask_start" in flags else {}
-    name, after = (
-        "_".join(f"{key}{value}" for key, value in chosen.items())
-        for chosen in (flags, flags | masked)
-    )
-    init = study.pretrain(name, **flags)
-    runs = [
-        study.start(
-            "finetune_cls", f"from_{after}_seed{s}", init=init, seed=s, **FINETUNING, **masked
-        )
-        for s in SEEDS[:2]
-    ]
-    return study.start("mae_pretrain", name, **flags).result(), [run.result() for run in runs]
+    pretrained, finetuned = [], []
+    for seed in SEEDS:
+        name = "_".join(f"{key}{value}" for key, value in {**flags, "seed": seed}.items())
+        init = study.pretrain(name, **flags, seed=seed)
+        pretrained.append(study.start("mae_pretrain", name, **flags, seed=seed).result())
+        after = "_".join(f"{key}{value}" for key, value in {"from": name, **masked}.items())
+        more = dict(init=init, seed=seed, **FINETUNING, **masked)
+        finetuned.append(study.start("finetune_cls", after, **more).result())
+    return pretrained, finetuned
 
 
 def ablations(study, epochs, jobs):
@@ -206,11 +200,11 @@ def ablations(study, epochs, jobs):
         print(f"\n{name:44}{'top-1':>22}{'pre-training':>14}{'fine-tuning':>13}{'the paper':>13}")
         for row, (_, paper) in table.items():
             pretraining, runs = rows[name, row].result()
-            seconds = mean(run["seconds"] for run in runs)
+            before, seconds = (mean(run["seconds"] for run in part) for part in (pretraining, runs))
             scores = spread([run["top1"] for run in runs])
             with study.printing:
                 print(
-                    f"{row:44}{scores:>22}{pretraining['seconds']:12.0f} s{seconds:11.0f} s{paper:>13}",
+                    f"{row:44}{scores:>22}{before:12.0f} s{seconds:11.0f} s{paper:>13}",
                     flush=True,
                 )
 
@@ -220,26 +214,30 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "parts", nargs="*", metavar="PART", help="pays, detects, ablations; default: all"
+        "parts", nargs="*", metavar="PART", help="pays, detects, search, ablations; default: all"
     )
     parser.add_argument("--folder", default="runs/study")
     parser.add_argument(
         "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs at once"
     )
     parser.add_argument(
-        "--epochs", type=int, help=f"of each pre-training in `ablations`; default: {BASE['epochs']}"
+        "--epochs", type=int, help="of each pre-training in `ablations`; default: the recipe's"
     )
     args = parser.parse_args()
-    unknown = set(args.parts) - {"pays", "detects", "ablations"}
+    known = ["pays", "detects", "ablations", "search"]
+    unknown = set(args.parts) - {*known}
     if unknown:
         parser.error(f"no such part: {', '.join(unknown)}")
-    study, parts = Study(args.folder, args.jobs), args.parts or ["pays", "detects", "ablations"]
+    study, parts = Study(args.folder, args.jobs), args.parts or known
     if "pays" in parts:
         compare(study, "finetune_cls")
     if "detects" in parts:
         compare(study, "finetune_ava")
     if "ablations" in parts:
         ablations(study, args.epochs, args.jobs)
+    if "search" in parts:
+        search(study, "finetune_cls")
+        search(study, "finetune_ava")
 
 
 if __name__ == "__main__":

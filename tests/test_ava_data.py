@@ -266,7 +266,7 @@ PLACE = 0.55, 0.3, 0.8, 0.65
 def keyframes_in(path, second=901.5, boxes=(PLACE,), start=900):
     """One keyframe of a movie, with these boxes; each has an action of its own, from 3 on."""
     rows = np.array([(*box, 3 + i, 1) for i, box in enumerate(boxes)])
-    return data.Keyframes("mine", {("movie", second): rows}, {"movie": str(path)}, (), start)
+    return data.Keyframes("mine", {("movie", second): rows}, {"movie": str(path)}, start)
 
 
 def bright_box(folder, height, width, more=()):

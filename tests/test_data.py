@@ -282,8 +282,8 @@ def test_each_pass_holds_each_video_once_whatever_the_processes(monkeypatch):
         for rank in range(world):
             monkeypatch.setattr(data, "RANK", rank)
             args = argparse.Namespace(seed=0, batch_size=4, repeat_aug=1, num_frames=1, img_size=1)
-            args.num_workers = 0
-            order = Batches(Keys(args), 4 // world, torch.device("cpu"), start, 6)
+            args.num_workers, args.micro_batch = 0, 4 // world
+            order = Batches(Keys(args), torch.device("cpu"), start, 6)
             for step in range(start, 6):
                 steps[step] += (again := order.keys(step, rank))
                 assert again == list(map(tuple, next(order)["key"].tolist()))  # names a bad step
@@ -299,8 +299,9 @@ def test_each_pass_holds_each_video_once_whatever_the_processes(monkeypatch):
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_batches_follow_from_their_keys_whatever_the_workers(workers, demo):
     """Neighbours are clips of different videos: MixUp and CutMix mix each clip with the next."""
-    clips = clips_of(demo, f"--batch_size 4 --repeat_aug 2 --num_workers {workers}")
-    batches = Batches(clips, 4, torch.device("cpu"), 0, 3)
+    more = f"--batch_size 4 --micro_batch 4 --repeat_aug 2 --num_workers {workers}"
+    clips = clips_of(demo, more)
+    batches = Batches(clips, torch.device("cpu"), 0, 3)
     for step in range(3):
         batch, keys = next(batches), batches.keys(step, 0)
         assert batch["video"].shape == (8, 3, 16, 32, 32) and len(set(keys)) == 4
@@ -340,8 +341,8 @@ def test_workers_end_with_their_generator(demo):
         assert [next(samples), next(samples), len(multiprocessing.active_children())] == [0, 1, 2]
         samples.close()
     with no_child_left():
-        clips = clips_of(demo, "--batch_size 4 --num_workers 2")
-        batches = Batches(clips, 4, torch.device("cpu"), 0, 3)
+        clips = clips_of(demo, "--batch_size 4 --micro_batch 4 --num_workers 2")
+        batches = Batches(clips, torch.device("cpu"), 0, 3)
         next(batches)
         batches.close()
 
@@ -397,9 +398,10 @@ def test_the_default_of_max_failures_fits_short_and_long_lists(tmp_path):
     for videos, limit in ((20, 4), (1000, 10), (24_000, 240)):
         names = data.VideoList("mine", ".", [f"{i}.mp4" for i in range(videos)])
         run = model.Run(args, names, None, 0, 1)
-        run.note_failures([(i, "no") for i in range(limit)] * 2)
+        for i in [*range(limit)] * 2:
+            run.note_failure(i, "no")
         with pytest.raises(InputError, match=f"{limit + 1} of {videos} videos"):
-            run.note_failures([(limit, "no")])
+            run.note_failure(limit, "no")
 
 
 # ------------------------------------------------------------------------------------------ demo

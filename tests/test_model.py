@@ -231,7 +231,7 @@ def test_target_is_the_first_frame_of_each_tubelet():
 @pytest.mark.parametrize("mask_type", m.MASK_TYPES)
 def test_masks_have_exact_counts_and_structure(mask_type, ratio):
     if mask_type == "time-only" and ratio > 0.875:
-        with pytest.raises(ValueError, match="hides them all; use a ratio below 0.875"):
+        with pytest.raises(ValueError, match="use a ratio from 0 to 0.875"):
             m.num_visible((8, 14, 14), ratio, mask_type)
         return
     unit = {"space-only": 8, "time-only": 196}.get(mask_type, 1)
@@ -267,8 +267,6 @@ def test_patchify_is_inverted_exactly_and_drops_the_remainder():
     assert torch.equal(unpatchify(tubelets, (4, 3, 2), 16), video[:, :, :8, :48, :32])
     one = video[1, :, 2:4, :16, 16:32].permute(1, 2, 3, 0).flatten()
     assert torch.equal(tubelets[1, 7], one)
-    with pytest.raises(ValueError, match="smaller than one tubelet"):
-        patchify(video[:, :, :, :10], 16, 2)
 
 
 def test_picking_rows_is_take_along_dim_forward_and_backward():

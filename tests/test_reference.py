@@ -81,7 +81,8 @@ def clips_of(stage, flags, folder):
         for key, rows in detected.items():
             boxes[key] = np.concatenate([boxes[key], rows[rows[:, 5] >= 0.8]])
         movies = {video: f"{folder}/ava/videos/{video}.mp4" for video, _ in boxes}
-        keyframes = data.Keyframes("", boxes, movies, {("train0000", 904.0)}, args.video_start)
+        del boxes["train0000", 904.0]  # excluded
+        keyframes = data.Keyframes("", boxes, movies, args.video_start)
         return data.KeyframeDataset(keyframes, args)
     videos = data.find_videos(folder, "train")
     noise = lambda: torch.rand(t * h * w)  # noqa: E731
