@@ -127,7 +127,7 @@ def locate_data(args, part):
     lists = [Path(args.data), *lists_in(Path(args.data), "train")]
     ssv2 = any(file.suffix == ".json" and [*file.parent.glob("*labels.json")] for file in lists)
     if args.dataset != "ssv2" and ssv2:
-        raise InputError(f"{args.data}: laid out as Something-Something v2; add --dataset ssv2")
+        raise InputError(f"{args.data}: this is Something-Something v2; add --dataset ssv2")
 
 
 def find_videos(data, split="train", videos=None, classes=0):
@@ -151,7 +151,7 @@ def find_videos(data, split="train", videos=None, classes=0):
         if folders or split == "train":
             found = read_folders(source)
     if not found or not found[0]:
-        raise InputError(f"{data}: no videos of {split} in it; expected one of\n{LAYOUTS}")
+        raise InputError(f"{data}: no {split} videos; expected one of\n{LAYOUTS}")
     paths, labels, names = found
     if not labels or None in labels:
         if classes != 0:
@@ -271,7 +271,7 @@ def match_files(file, root, stems, labels):
         print(f"{file}: {len(stems) - len(kept)} of {len(stems)} videos are not below {root}")
     if not kept:
         raise InputError(
-            f"{file}: none of its videos, as {stems[:1]}, is below {root}; see --videos"
+            f"{file}: none of its videos, such as {stems[:1]}, is below {root}; see --videos"
         )
     return [there[stems[i]] for i in kept], [labels[i] for i in kept]
 
@@ -602,7 +602,7 @@ class TrainDataset(torch.utils.data.Dataset):
                 failures.append((tried, str(error)))
             tried = stateless_seed(self.args.seed, epoch, index, attempt) % len(self.videos)
         reasons = [f"  {self.videos.name(i)}: {reason}" for i, reason in dict(failures).items()]
-        raise VideoError("\n".join([f"{attempts} videos in a row cannot be used:", *reasons]))
+        raise VideoError("\n".join([f"{attempts} videos in a row cannot be read:", *reasons]))
 
 
 class TestDataset(torch.utils.data.Dataset):
@@ -636,7 +636,7 @@ class ClipDataset(TrainDataset):
         self.draw_noise, self.augment = draw_noise, augment
         low, high = args.crop_scale
         if low > high:
-            raise InputError(f"--crop_scale {low:g} {high:g}: the smaller share first")
+            raise InputError(f"--crop_scale {low:g} {high:g}: the smaller number comes first")
 
     def load(self, index, epoch):
         repeats, sample = range(self.args.repeat_aug), {"video": [], "noise": []}
@@ -769,7 +769,7 @@ def read_boxes(file, scored=True, threshold=-math.inf):
         action = int(row[6]) if len(row) > 6 and row[6] not in ("", "-1") else 0
         score = float(row[7]) if scored and len(row) > 7 else 1.0
         if not (-1 < x1 < x2 < 2 and -1 < y1 < y2 < 2):
-            raise ValueError("no box; expected x1 < x2 and y1 < y2 as shares of the frame, 0 to 1")
+            raise ValueError("not a box; expected x1 < x2 and y1 < y2, in 0..1 of the frame")
         if not (0 if scored else 1) <= action <= AVA_CLASSES:
             raise ValueError(f"action {action} is outside 1..{AVA_CLASSES}")
         return (row[0], float(row[1])), (x1, y1, x2, y2, action, score)
@@ -811,7 +811,7 @@ def find_movies(args, names):
         text = f"{len(missing)} of {len(names)} movies are not below {folder}: {first}"
         if not args.allow_missing:
             raise InputError(
-                f"{text}; --videos says where they are, --allow_missing goes on without"
+                f"{text}; --videos FOLDER says where they are, --allow_missing skips them"
             )
         print(text)
     return {name: str(there[name]) for name in names & there.keys()}
@@ -830,7 +830,7 @@ def read_keyframes(args, split):
             raise InputError(f"{source}: no box reaches --detection_threshold")
     if split == "train":
         if boxes and not any(rows[:, 4].any() for rows in boxes.values()):
-            raise InputError(f"{source}: boxes without actions are no use in training")
+            raise InputError(f"{source}: boxes without actions cannot be trained on")
         for key, rows in read_boxes(files["ground_truth"], scored=False).items():
             boxes[key] = np.concatenate([rows, boxes.get(key, rows[:0])])
     movies = find_movies(args, {video for video, _ in boxes})
@@ -1093,7 +1093,7 @@ def run_test(dataset, function):
     mine = [min(RANK + WORLD * i, last) for i in range(rounds)]  # as many on each process
     values, failures = {}, {}
     samples = load_samples(dataset, mine)
-    for i, sample in enumerate(progress(samples, rounds, "test")):
+    for i, sample in enumerate(progress(samples, rounds)):
         if i % 20 == 0:
             gather(None)  # a slow machine could be so late in the end that others give it up
         if "failure" in sample:

@@ -9,8 +9,8 @@
 CHECKPOINT is a pre-trained encoder or, as in Table 8, one that was fine-tuned on Kinetics; Table 8
 also has --rel_pos. Batches count keyframes: clips of 16 frames, 4/30 s apart, around an annotated
 second. Training boxes are true ones, and a detector's that score 0.8 and more; test boxes are the
-detector's alone. ViT-L, pre-trained and fine-tuned on Kinetics-400, with relative positions, has
-35.9 mAP on center crops and 36.8 on full frames (Table 8).
+detector's alone. ViT-L, pre-trained and fine-tuned on Kinetics-400, with relative positions,
+reaches 35.9 mAP on center crops and 36.8 on full frames (Table 8).
 """
 
 import argparse
@@ -98,20 +98,25 @@ def recipe_of(args):
 def parse_args(argv=None):
     parser, switch = make_parser(__doc__, data.AVA_LAYOUT), argparse.BooleanOptionalAction
     add = parser.add_argument_group("fine-tuning").add_argument
-    add("--drop_path", type=fraction, help="stochastic depth of the last block")
+    add("--drop_path", type=fraction, help="stochastic depth rate of the last block")
     add("--dropout", type=fraction, help="before the head")
     add("--layer_decay", type=fraction, help="layer-wise lr decay; 0 trains the head only")
     positions = "relative positions in every block (Table 8)"
     add("--rel_pos", action=switch, default=False, help=positions)
-    add("--detection_threshold", type=float, default=0.8, help="lower-scoring boxes are left out")
-    add("--video_start", type=float, help="second that files begin with; None: 0, 900 for frames")
-    add("--allow_missing", action="store_true", help="go on without missing movies, unscored")
+    add("--detection_threshold", type=float, default=0.8, help="drop boxes with lower scores")
+    add("--video_start", type=float, help="second at which files begin; None: 0, or 900 for frames")
+    add("--allow_missing", action="store_true", help="skip missing movies, and do not score them")
     add = parser.add_argument_group("test").add_argument
-    add("--test_crop", choices=("center", "full"), default="center", help="of a frame (Table 8)")
-    add("--test_size", type=positive_int, help="its short side in pixels; None: --img_size")
+    add(
+        "--test_crop",
+        choices=("center", "full"),
+        default="center",
+        help="part of a frame (Table 8)",
+    )
+    add("--test_size", type=positive_int, help="short side in pixels; None: --img_size")
     add("--eval", action="store_true", help="test the detector in --init")
-    add("--predict", metavar="VIDEO", help="say and draw what the persons in --boxes do, by --init")
-    add("--score", metavar="CSV", help="score detections by AVA's protocol; no model is needed")
+    add("--predict", metavar="VIDEO", help="say and draw what the people in --boxes do")
+    add("--score", metavar="CSV", help="score detections by AVA's protocol; needs no model")
     boxes = "to test on, None: the data set's; to predict on: video,second of the file,x1,y1,x2,y2"
     add("--boxes", metavar="CSV", help=boxes)
     add("--ground_truth", metavar="CSV", help="to score against; None: the data set's")
@@ -238,7 +243,7 @@ def test(detector, keyframes, args):
     if RANK > 0:
         return
     for index, reason in failures.items():
-        print(f"its persons count as missed: {keyframes.name(index)}: {reason}")
+        print(f"unreadable, its people count as missed: {keyframes.name(index)}: {reason}")
     out, files = Path(args.output_dir), data.find_ava(args, "val")
     out.mkdir(parents=True, exist_ok=True)
     write_detections(out / "detections.csv", keyframes, scores, args.actions)
@@ -281,7 +286,7 @@ def score(truth, detections, actions, excluded=()):
     truth = {key: rows for key, rows in truth.items() if key not in excluded}
     detections = {key: rows for key, rows in detections.items() if key not in excluded}
     if detections and not {video for video, _ in detections} & {video for video, _ in truth}:
-        raise InputError(f"the detections are of other movies, as {next(iter(detections))[0]}")
+        raise InputError(f"the detections are of other movies, such as {next(iter(detections))[0]}")
     found = {action: [] for action in actions}  # (scores, right or wrong) of each keyframe
     for key, rows in detections.items():
         people = truth.get(key, np.zeros((0, 6)))
@@ -338,7 +343,7 @@ def draw(keyframes, scores, args, out):
         picture = draw_bounding_boxes(picture, boxes, labels, colors="yellow", width=2)
         path = out / "{}_{:g}.png".format(*keyframes.keys[index])
         write_png(picture, str(path))
-        print(f"{path}: boxes as given, actions as predicted")
+        print(f"{path}: the detector's boxes, with predicted actions")
 
 
 def caption(scores, actions, most=3, least=0.2):
@@ -349,7 +354,7 @@ def caption(scores, actions, most=3, least=0.2):
 
 
 def predict(detector, args):
-    """Say what the persons in --boxes do in a video: prints, writes detections.csv and pictures."""
+    """Print and draw what the people in --boxes do in a video, and write detections.csv."""
     boxes, video = data.read_boxes(args.boxes), Path(args.predict).stem
     boxes = {key: rows for key, rows in boxes.items() if key[0] == video}
     if not boxes or not Path(args.predict).exists():

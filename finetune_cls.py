@@ -147,27 +147,35 @@ def parse_args(argv=None):
     add = parser.add_argument_group("fine-tuning").add_argument
     add("--recipe", choices=RECIPES, help="None: kinetics; ssv2 for it, demo for vit_demo")
     add("--num_classes", type=positive_int, help="None: the data set's")
-    add("--repeat_aug", type=positive_int, help="clips of a video that is opened")
-    add("--crop_scale", type=fraction, nargs=2, metavar=("MIN", "MAX"), help="area of a crop, of 1")
-    parts = "a frame from each of equal parts, as on SSv2"
+    add("--repeat_aug", type=positive_int, help="clips per opened video")
+    add(
+        "--crop_scale",
+        type=fraction,
+        nargs=2,
+        metavar=("MIN", "MAX"),
+        help="relative area of a crop",
+    )
+    parts = "one frame from each of equal parts, as on SSv2"
     add("--segments", action=switch, default=False, help=parts)
-    add("--rand_augment", type=float, nargs=2, metavar=("MAGNITUDE", "STD"), help="of 10; 0 0: off")
+    add(
+        "--rand_augment", type=float, nargs=2, metavar=("M", "STD"), help="m of 10; 0 0 disables it"
+    )
     erasing = "probability; 0.25 in the released code"
     add("--random_erasing", type=fraction, default=0.0, help=erasing)
-    add("--mixup", type=float, help="alpha; each batch has MixUp or CutMix; 0: off")
-    add("--cutmix", type=float, help="alpha; 0: off")
-    add("--label_smoothing", type=fraction, help="share of the target that all classes get")
-    add("--drop_path", type=fraction, help="stochastic depth of the last block")
+    add("--mixup", type=float, help="alpha; a batch gets MixUp or CutMix; 0 disables it")
+    add("--cutmix", type=float, help="alpha; 0 disables it")
+    add("--label_smoothing", type=fraction, help="share of the target spread over all classes")
+    add("--drop_path", type=fraction, help="stochastic depth rate of the last block")
     add("--dropout", type=fraction, help="before the head")
     add("--layer_decay", type=fraction, help="layer-wise lr decay; 0 trains the head only")
-    masking = "mask ratio at first, 0 at the end (Table 11)"
+    masking = "mask ratio at the start, annealed to 0 (Table 11)"
     add("--mask_start", type=fraction, default=0.0, help=masking)
     add = parser.add_argument_group("test").add_argument
-    between = "effective epochs between tests with one view; 0: none"
+    between = "effective epochs between one-view validations; 0: none"
     add("--val_epochs", type=float, default=0, help=between)
-    add("--views", type=views, help="clips x crops of a video, such as 7x3")
+    add("--views", type=views, help="clips x crops per video, such as 7x3")
     add("--eval", action="store_true", help="test the classifier in --init")
-    add("--predict", nargs="+", metavar="VIDEO", help="print the likeliest classes, by --init")
+    add("--predict", nargs="+", metavar="VIDEO", help="print the most likely classes of videos")
     parser.set_defaults(class_names=None)
     return parse_twice(parser, "finetune_cls", "kinetics400", recipe_of, argv)
 
@@ -190,7 +198,7 @@ def train(args):
     # ---------------------------------------------------------------- data
     data.locate_data(args, "kinetics")
     if Path(args.data).is_file():
-        raise InputError(f"{args.data}: a list to train or to test on? Give the folder with both")
+        raise InputError(f"{args.data}: one list; give the folder with train and val lists")
     classes = args.num_classes or CLASSES.get(args.dataset)
     videos = on_rank0(data.find_videos, args.data, "train", args.videos, classes)
     args.num_classes, args.class_names = videos.num_classes, videos.class_names
@@ -223,7 +231,7 @@ def train(args):
     if args.mask_start:
         draw_noise = functools.partial(random_mask, classifier.grid, args.mask_start)
     if args.micro_batch == 1 and (args.mixup or args.cutmix):
-        print_rank0("warning: a micro-batch of 1 video has no other to be mixed with")
+        print_rank0("warning: --micro_batch 1 leaves no second video to mix with")
     clips = ClipDataset(videos, args, draw_noise, augmentation(args))
     batches = Batches(clips, device, start, steps)
     with Run(args, videos, batches, start, steps, flops) as run:
@@ -324,7 +332,7 @@ def test(classifier, videos, args, views):
     """Multi-view test: top-1 and top-5 in %, as a dict. An unreadable video counts as wrong."""
     scores, failures = predict(classifier, videos, args, views)
     for index, reason in failures.items():
-        print_rank0(f"counted as wrong: {videos.path(index)}: {reason}")
+        print_rank0(f"unreadable, counted as wrong: {videos.path(index)}: {reason}")
     ranks = []  # of the true class among the scores
     for index, values in scores.items():
         order = values.argsort(descending=True, stable=True).tolist()
@@ -336,9 +344,8 @@ def test(classifier, videos, args, views):
 def report(results, args):
     """Print the results of a test with --views, and write them to results.json."""
     results |= dict(views="{}x{}".format(*args.views), init=args.init)
-    print_rank0(
-        "top-1 {top1:.2f} %, top-5 {top5:.2f} %, {videos} videos x {views}".format(**results)
-    )
+    top5 = ", top-5 {top5:.2f} %" if args.num_classes > 5 else ""
+    print_rank0(f"top-1 {{top1:.2f}} %{top5}, {{videos}} videos x {{views}}".format(**results))
     if RANK == 0:
         path = Path(args.output_dir, "results.json")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -352,7 +359,7 @@ def main():
     device = start_process(args)
     args.num_classes = args.num_classes or CLASSES.get(args.dataset)
     if not args.num_classes:
-        raise InputError("--num_classes: how many does the classifier know?")
+        raise InputError("--num_classes is needed: how many classes does the checkpoint have?")
     classifier = load_for_use(Classifier(**model_config(args)), args).to(device)
     classes = args.class_names or args.num_classes
     if args.eval:

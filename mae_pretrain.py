@@ -98,19 +98,25 @@ def recipe_of(args):
 def parse_args(argv=None):
     parser, switch = make_parser(__doc__, data.LAYOUTS), argparse.BooleanOptionalAction
     add = parser.add_argument_group("pre-training").add_argument
-    add("--mask_ratio", type=float, default=0.9, help="share of hidden tokens")
+    add("--mask_ratio", type=float, default=0.9, help="share of tokens to hide")
     kinds = "agnostic = random, space-only = tube, time-only = frame, block-wise (Figure 4)"
     add("--mask_type", choices=MASK_TYPES, default="agnostic", help=kinds)
-    add("--repeat_aug", type=positive_int, help="clips of a video that is opened")
-    add("--crop_scale", type=fraction, nargs=2, metavar=("MIN", "MAX"), help="area of a crop, of 1")
-    parts = "a frame from each of equal parts, as on SSv2"
+    add("--repeat_aug", type=positive_int, help="clips per opened video")
+    add(
+        "--crop_scale",
+        type=fraction,
+        nargs=2,
+        metavar=("MIN", "MAX"),
+        help="relative area of a crop",
+    )
+    parts = "one frame from each of equal parts, as on SSv2"
     add("--segments", action=switch, default=False, help=parts)
-    add("--norm_pix_loss", action=switch, default=True, help="normalise each target patch")
-    add("--pred_t_dim", type=int, help="frames to predict; None: one of each tubelet")
+    add("--norm_pix_loss", action=switch, default=True, help="normalise target patches")
+    add("--pred_t_dim", type=int, help="frames to predict; None: one per tubelet")
     add("--decoder_embed_dim", type=int, default=512, help="Table 12b: 128, 256 or 512")
     add("--decoder_depth", type=int, default=4, help="Table 12c: 1, 2, 4 or 8 blocks")
     add("--decoder_num_heads", type=int, help="None: 64 wide each")
-    drawn = "draw what the model in --init reconstructs"
+    drawn = "draw reconstructions by the model in --init"
     add("--visualize", nargs="+", metavar="VIDEO", help=drawn)
     return parse_twice(parser, "mae_pretrain", "kinetics400", recipe_of, argv)
 
@@ -196,7 +202,7 @@ def train(args):
         try:
             videos = find_videos(args.data, "val", args.videos)
         except InputError as error:
-            print(f"the pictures are of training videos: {str(error).splitlines()[0]}")
+            print(f"drawing training videos: {str(error).splitlines()[0]}")
         paths = [videos.path(i * len(videos) // 4) for i in range(min(4, len(videos)))]
         visualize(mae, paths, run.out / "reconstructions", args, device)
         print(f"next: python finetune_cls.py --init {run.out}/checkpoint.pt")
@@ -260,7 +266,7 @@ def main():
     mae = load_for_use(MAE(**model_config(args)), args).to(device)
     failed = visualize(mae, args.visualize, Path(args.output_dir), args, device)
     if failed:
-        raise InputError(f"{failed} of {len(args.visualize)} files are no videos that can be read")
+        raise InputError(f"{failed} of {len(args.visualize)} videos cannot be read")
 
 
 if __name__ == "__main__":

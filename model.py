@@ -597,9 +597,9 @@ def read_checkpoint(path, check=True):
         reason = str(error).split("\n")[0]
         if reason.startswith("Weights only load failed"):
             reason = (
-                "it holds more than tensors and plain values" if zipped else "no file of PyTorch"
+                "it holds more than tensors and plain values" if zipped else "not a PyTorch file"
             )
-        raise InputError(f"{path}: not a checkpoint that can be read: {reason}") from None
+        raise InputError(f"{path}: not a readable checkpoint: {reason}") from None
 
 
 def to_official_names(state, grid, t_patch_size):
@@ -762,16 +762,16 @@ def make_parser(doc, layouts):
     )
     switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("most used").add_argument
-    add("--dataset", help="name of the data set; demo: small videos, made here")
-    add("--data", help="its folder or list, see the data layouts below; None: data/DATASET")
+    add("--dataset", help="its name; demo: small videos, made on the spot")
+    add("--data", help="folder or list of videos (layouts below); None: data/DATASET")
     add("--model", choices=SIZES, help="encoder size")
-    add("--init", metavar="CHECKPOINT", help="weights to start from, or to use")
-    add("--epochs", type=float, help="effective epochs: clips taken of each video in all")
-    add("--output_dir", help="None: runs/STAGE_DATASET_MODEL, or beside the checkpoint in use")
+    add("--init", metavar="CHECKPOINT", help="checkpoint to start from, to test or to predict with")
+    add("--epochs", type=float, help="effective epochs: how often each video is sampled")
+    add("--output_dir", help="None: runs/STAGE_DATASET_MODEL, or beside --init to test and predict")
 
     add = parser.add_argument_group("clips").add_argument
-    add("--videos", metavar="FOLDER", help="where the videos are; None: beside their list")
-    add("--num_frames", type=positive_int, default=16, help="frames of a clip")
+    add("--videos", metavar="FOLDER", help="where the videos are, if not beside their list")
+    add("--num_frames", type=positive_int, default=16, help="frames per clip")
     add(
         "--sampling_rate",
         type=natural,
@@ -779,32 +779,32 @@ def make_parser(doc, layouts):
         help="30ths of a second between frames; 0: a still",
     )
     add("--img_size", type=positive_int, default=224, help="height and width of a clip in pixels")
-    add("--hflip", action=switch, default=True, help="mirror half of the clips")
+    add("--hflip", action=switch, default=True, help="flip half of the clips")
 
     add = parser.add_argument_group("recipe").add_argument
-    add("--batch_size", type=positive_int, help="videos of a step, over all GPUs")
-    add("--lr", type=float, help="peak learning rate; None: the recipe's, scaled with --batch_size")
-    add("--warmup_epochs", type=float, help="None: the recipe's, or fewer if --epochs are fewer")
-    add("--weight_decay", type=float, help="on matrices, not on biases and norms")
+    add("--batch_size", type=positive_int, help="videos per step, over all GPUs")
+    add("--lr", type=float, help="peak learning rate; the recipe's scales with --batch_size")
+    add("--warmup_epochs", type=float, help="effective epochs; the recipe's shrink with --epochs")
+    add("--weight_decay", type=float, help="not applied to biases and norms")
     add("--clip_grad", type=float, default=0.0, help="max gradient norm; 0 disables clipping")
-    add("--seed", type=natural, default=0, help="the same seed gives the same run")
-    add("--precision", choices=("bf16", "fp32"), help="None: bf16 if the hardware has it")
+    add("--seed", type=natural, default=0, help="random seed; the same seed gives the same run")
+    add("--precision", choices=("bf16", "fp32"), help="None: bf16 where the hardware supports it")
 
     add = parser.add_argument_group("run").add_argument
-    add("--resume", action=switch, default=True, help="go on from a checkpoint in --output_dir")
-    add("--micro_batch", type=positive_int, help="videos a GPU takes at once; gradients add up")
+    add("--resume", action=switch, default=True, help="resume from the checkpoint in --output_dir")
+    add("--micro_batch", type=positive_int, help="videos a GPU takes at once; gradients accumulate")
     add(
         "--num_workers",
         type=natural,
-        help="decoding processes of a GPU; None: its share of the cores",
+        help="loader processes per GPU; None: its share of the cores",
     )
-    add("--max_failures", type=natural, help="unreadable videos to bear; None: 1 %%, at least 4")
+    add("--max_failures", type=natural, help="unreadable videos allowed; None: 1 %%, at least 4")
     add("--log_interval", type=positive_int, default=10, help="steps between lines of log.jsonl")
     add("--save_minutes", type=float, default=10, help="minutes between checkpoints")
-    add("--keep_epochs", type=float, default=0, help="effective epochs between checkpoints to keep")
-    add("--device", help="None: cuda if there is a GPU, else cpu; or mps")
-    add("--compile", action=switch, help="torch.compile each block; None: on a GPU")
-    add("--grad_checkpointing", action=switch, default=False, help="less memory, slower")
+    add("--keep_epochs", type=float, default=0, help="epochs between checkpoints to keep; 0: none")
+    add("--device", help="cuda, cpu or mps; None: cuda if there is a GPU")
+    add("--compile", action=switch, help="compile each block; None: on a GPU")
+    add("--grad_checkpointing", action=switch, default=False, help="less memory, but slower")
     parser.set_defaults(sine_positions=False)
     return parser
 
@@ -994,7 +994,7 @@ def print_plan(args, model, videos, steps, flops):
     clips = f"{args.batch_size} {videos.unit} x {args.repeat_aug} clips, {args.micro_batch} at once"
     print(f"{steps} steps of {clips}; learning rate {args.lr:.3g}, warm-up {args.warmup_epochs:g}")
     if steps < 500:
-        print("warning: so few steps teach little; give more --epochs, or a smaller --batch_size")
+        print("warning: so few steps teach little; try more --epochs or a smaller --batch_size")
     if rest := args.img_size % model.patch_size:
         print(f"warning: {rest} of {args.img_size} rows and columns fill no patch and are dropped")
     if device == "cpu" and args.model != "vit_demo":
@@ -1037,7 +1037,7 @@ def find_checkpoint(folder):
             print(f"warning: {error}")
             path.replace(f"{path}.damaged")  # else it would become the previous one
     if paths:
-        raise InputError(f"{folder}: no checkpoint in it can be read; --no-resume starts anew")
+        raise InputError(f"{folder}: none of its checkpoints can be read; --no-resume starts over")
     return None
 
 
@@ -1061,12 +1061,12 @@ def resume(args, may_differ, model, optimizer, videos):
     ]
     if differ:
         raise InputError(
-            f"{path}: of a run with other arguments ({'; '.join(differ)}). Give them as they were "
-            "to go on, another --output_dir to keep that run, or --no-resume to overwrite it"
+            f"{path}: from a run with other arguments ({'; '.join(differ)}). Restore them to "
+            "resume, give another --output_dir to keep that run, or --no-resume to overwrite it"
         )
     model.load_state_dict(run["model"])
     optimizer.load_state_dict(run["optimizer"])
-    print_rank0(f"{path}: going on after step {run['step']}")
+    print_rank0(f"{path}: resuming after step {run['step']}")
     if run["videos"] != videos.digest:
         print_rank0(f"warning: the list has changed: was {run['videos']}, is {videos.digest}")
     return run["step"]
@@ -1075,7 +1075,7 @@ def resume(args, may_differ, model, optimizer, videos):
 def load_for_use(model, args):
     """Load the weights in --init to test or predict with. Raises InputError if one is missing."""
     if not args.init:
-        raise InputError(f"give a checkpoint of {args.stage} with --init CHECKPOINT")
+        raise InputError(f"--init CHECKPOINT is needed: one of {args.stage}")
     if new := load_pretrained(model, args.init)["new"]:
         raise InputError(f"{args.init}: has no {new[0]}; give a checkpoint of {args.stage}")
     return model
@@ -1187,8 +1187,8 @@ class Run:
         limit = max(4, count // 100) if limit is None else limit
         if len(self.failed) > limit:
             raise InputError(
-                f"{len(self.failed)} of {count} {self.videos.unit} cannot be used, more than "
-                f"--max_failures {limit}; {log} names each with its reason"
+                f"{len(self.failed)} of {count} {self.videos.unit} cannot be read, more than "
+                f"--max_failures {limit}; see {log}"
             )
 
     def check_finite(self, values):
@@ -1229,12 +1229,12 @@ class Run:
         gather(None)  # a barrier: none leaves before the last checkpoint is there
         if self.failed:
             failed = f"{len(self.failed)} {self.videos.unit}"
-            print_rank0(f"{failed} could not be used: see failures.log")
+            print_rank0(f"{failed} could not be read: see failures.log")
         if self.stopping:
             again = "the same command" + ("" if self.args.resume else " without --no-resume")
             print_rank0(
                 f"asked to stop ({self.stopping}): saved after step {self.done} of {self.steps} in "
-                f"{self.out}; {again} goes on from there"
+                f"{self.out}; {again} resumes from there"
             )
         return bool(self.stopping)
 
@@ -1263,7 +1263,7 @@ def run_main(main):
     try:
         status = main()
     except KeyboardInterrupt:
-        message = "interrupted; the same command goes on from the last checkpoint, if there is one"
+        message = "interrupted; the same command resumes from the last checkpoint, if there is one"
     except (InputError, FloatingPointError) as error:
         message = f"error: {error}"
     except (OSError, RuntimeError) as error:
