@@ -187,7 +187,7 @@ def train(args):
                 dist.all_reduce(boxes)
             loss = torch.zeros((), device=device)
             for micro_step, batch in enumerate(micro_batches):
-                # Dropout and drop path follow from the step alone.
+                # Dropout and drop path follow from the step alone; four numbers would name a clip.
                 torch.manual_seed(data.stateless_seed(args.seed, step, RANK, micro_step, 0))
                 # DDP exchanges gradients at the last micro-batch only, and averages over processes:
                 # times WORLD that is a sum.

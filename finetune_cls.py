@@ -244,7 +244,7 @@ def train(args):
             loss = torch.zeros((), device=device)
             for micro_step in range(micro_steps):
                 batch = next(batches)
-                # Mixing, dropout and drop path follow from the step alone.
+                # Mixing, dropout and drop path follow from the step; four numbers name a clip.
                 torch.manual_seed(data.stateless_seed(args.seed, step, RANK, micro_step, 0))
                 video, target = mix_clips(normalize(batch["video"]), batch["label"], args)
                 # DDP exchanges gradients at the last micro-batch only.

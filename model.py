@@ -1108,7 +1108,8 @@ class Run:
             drop_later(self.out, start)
 
     def __enter__(self):
-        self.handlers = {n: signal.signal(n, self.ask) for n in (signal.SIGTERM, signal.SIGINT)}
+        signals = signal.SIGTERM, signal.SIGINT
+        self.handlers = {n: signal.signal(n, self.request_stop) for n in signals}
         self.bar = progress(total=self.steps, done=self.done)
         return self
 
@@ -1118,7 +1119,7 @@ class Run:
         self.bar.close()
         self.batches.close()
 
-    def ask(self, number, _):
+    def request_stop(self, number, _):
         """The signal handler: ask the run to save and stop; a second Ctrl-C ends it at once."""
         self.asked, self.saved = signal.Signals(number).name, -math.inf
         signal.signal(signal.SIGINT, signal.default_int_handler)
