@@ -2,16 +2,16 @@
 
 Read from top to bottom:
 
-    lists      what people have on disk becomes a VideoList               (README, "Data layouts")
+    lists      what is on disk becomes a VideoList                        (README, "Data layouts")
     decoding   from wanted times to frames, from frames to a clip of pixels                 (PyAV)
     sampling   which clips of a video, and their crop, flip, RandAugment, mask    (Tables 5 and 6)
     AVA        person boxes, and clips around annotated seconds                       (appendix A)
     batches    which videos make a step, on which process; loading them
     demo       small H.264 videos, made here, in the layouts of the real data sets
 
-A sample follows from (seed, epoch, index, repeat) alone: workers and processes change nothing, and
-a resumed run needs no generator states. An epoch is a pass over the list here; in arguments and
-tables it is an effective one, of which a pass holds --repeat_aug.
+A sample depends on (seed, epoch, index, repeat) alone: workers and processes change nothing, and a
+resumed run needs no generator states. Here, an epoch is a pass over the list; in arguments and
+tables it is an effective one: a pass counts as --repeat_aug of them.
 """
 
 import contextlib
@@ -35,6 +35,7 @@ import av
 import av.filter
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as TF
 
@@ -42,20 +43,8 @@ from model import RANK, WORLD, InputError, cores, gather, on_rank0, progress
 
 FPS = 30  # --sampling_rate counts in frames of this rate: 16 frames, every 4th, span 64 / 30 s
 SPLITS = {"train": ["train"], "val": ["val", "validate", "validation"]}  # their names on disk
-SUFFIXES = (
-    ".mp4",
-    ".mkv",
-    ".webm",
-    ".avi",
-    ".mov",
-    ".m4v",
-    ".mpg",
-    ".mpeg",
-    ".flv",
-    ".wmv",
-    ".3gp",
-    ".ts",
-)
+is_video = re.compile(r"(?i)\.(mp4|mkv|webm|avi|mov|m4v|mpg|mpeg|flv|wmv|3gp|ts)$").search
+is_archive = re.compile(r"(?i)\.(zip|tar|gz)$").search
 
 LAYOUTS = """\
   DATA/train.csv                'path label' lines (space or comma), paths relative to DATA; or the
@@ -65,19 +54,19 @@ LAYOUTS = """\
   DATA/labels/train.json        Something-Something v2 as it is distributed, labels.json beside it,
                                 its videos ID.webm anywhere below DATA
   DATA/any.mp4                  any folder of videos (no labels: for pre-training)
-val.csv, val/ and validation.json alike. --data also takes a list itself. No data at hand? Use
+Likewise val.csv, val/, validation.json. --data also takes a list itself. No data at hand? Use
 --dataset demo."""
 
 
 def stateless_seed(*numbers):
-    """A seed that follows from whole numbers >= 0 alone, such as (seed, epoch, index, repeat)."""
-    # Their count comes first: else (seed, epoch) would be (seed, epoch, 0, 0).
+    """A seed derived from integers >= 0 alone, such as (seed, epoch, index, repeat)."""
+    # Their count comes first, or (seed, epoch) would equal (seed, epoch, 0, 0).
     state = np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, np.uint64)
     return int(state[0] >> np.uint64(1))
 
 
 def short_hash(*arrays):
-    """A hash of a list, to notice when it has changed."""
+    """A hash of a list, to notice when it changes."""
     content = b"".join(np.asarray(array).tobytes() for array in arrays)
     return hashlib.blake2b(content, digest_size=8).hexdigest()
 
@@ -91,9 +80,11 @@ class VideoList:
     unit = "videos"
 
     def __init__(self, source, root, paths, labels=None, class_names=None, num_classes=None):
-        """source: the file or folder that the list was made of. paths: absolute, or below root."""
-        self.source, self.root = str(source), root
-        self.class_names, self.num_classes = class_names, num_classes
+        """source: the file or folder the list was made from. paths: absolute, or below root."""
+        self.source = str(source)
+        self.root = root
+        self.class_names = class_names
+        self.num_classes = num_classes
         # Arrays: 240,000 Python strings would be copied into every worker.
         self.paths = np.array([os.fsencode(path) for path in paths])
         self.labels = None if labels is None else np.array(labels)
@@ -119,7 +110,7 @@ class VideoList:
 
 
 def locate_data(args, part):
-    """Fill in --data, and make the demo's `part` if that is asked for and not there yet."""
+    """Fill in --data, making the demo's `part` if needed; SSv2 needs --dataset ssv2."""
     if args.data is None and args.dataset == "demo":
         on_rank0(make_demo, part)
         args.data = f"data/demo/{part}"
@@ -131,14 +122,15 @@ def locate_data(args, part):
 
 
 def find_videos(data, split="train", videos=None, classes=0):
-    """Find the videos of a split, in any of LAYOUTS: a VideoList.
+    """Find the videos of a split in any of LAYOUTS; returns a VideoList.
 
     data: a list or folder. videos: the folder that a list's videos are in. classes: names or number
-    of the classes that labels must fit; None: those found; 0: labels are not needed. Raises
-    InputError if nothing fits.
+    of the classes that labels must fit; None: any; 0: labels are optional. Raises InputError if
+    nothing fits.
     """
-    data, found = Path(data), None
-    if not data.exists() or data.suffix.lower() in SUFFIXES:
+    data = Path(data)
+    found = None
+    if not data.exists() or is_video(data.name):
         raise InputError(f"{data}: no folder or list of videos; expected one of\n{LAYOUTS}")
     if lists := [data] if data.is_file() else lists_in(data, split):
         source = lists[0]
@@ -161,14 +153,14 @@ def find_videos(data, split="train", videos=None, classes=0):
     if isinstance(labels[0], str):
         names = names or sorted(set(labels))
         if unknown := set(labels) - set(names):
-            text = f"{source}: class {min(unknown)!r} is none of the {len(names)} classes"
+            text = f"{source}: class {min(unknown)!r} is not among the {len(names)} classes"
             raise InputError(text)
         numbers = {name: i for i, name in enumerate(names)}
         labels = [numbers[name] for name in labels]
     count = len(names) if names else classes or max(labels) + 1
     if isinstance(classes, int) and classes not in (0, count):
         raise InputError(
-            f"{source}: {count} classes, not {classes}; if that is meant: --num_classes {count}"
+            f"{source}: {count} classes, not {classes}; if intended, use --num_classes {count}"
         )
     if max(labels) >= count:
         path = paths[labels.index(max(labels))]
@@ -176,36 +168,38 @@ def find_videos(data, split="train", videos=None, classes=0):
     return VideoList(source, root, paths, labels, names, count)
 
 
-ARCHIVES = ".zip", ".tar", ".gz"
-LIST_FOLDERS = "annotations", "labels"  # folders of a data set that its lists may be in
+LIST_FOLDERS = "annotations", "labels"  # subfolders in which lists may be
 
 
 def lists_in(folder, split):
-    """The files in a data set's folder that are named as a list of the split."""
+    """The files in a data set's folder whose names say they list the split."""
     found = []
     for name in ("", *LIST_FOLDERS):
         for file in sorted((folder / name).glob("*.*")):
             named = re.split("[-_]", file.stem)[-1] in SPLITS[split]
-            if named and file.is_file() and file.suffix.lower() not in (*SUFFIXES, *ARCHIVES):
+            if named and file.is_file() and not is_video(file.name) and not is_archive(file.name):
                 found.append(file)
     return found
 
 
-# A reader of lists takes (file, folder of the videos, split). It returns None if it does not know
-# the form, or (paths, labels, class names). Labels are names or numbers; both may be None.
+# A list reader takes (file, folder of the videos, split). It returns None for a format it does not
+# know, else (paths, labels, class names). Labels are names or numbers; both may be None.
 
 
 def read_kinetics(file, root, split):
     """The official csv: rows of label,youtube_id,time_start,time_end,split, in any order."""
     with open(file, encoding="utf-8-sig", newline="") as text:
-        rows, stems, labels = csv.DictReader(text), [], []
+        rows = csv.DictReader(text)
+        stems = []
+        labels = []
         if "youtube_id" not in (rows.fieldnames or ()):
             return None
         for row in rows:
             if (row.get("split") or split) not in SPLITS[split]:
                 continue
             try:
-                start, end = int(float(row["time_start"])), int(float(row["time_end"]))
+                start = int(float(row["time_start"]))
+                end = int(float(row["time_end"]))
             except (TypeError, KeyError, ValueError):
                 line = f"{file}, line {rows.line_num}"
                 raise InputError(f"{line}: no time_start and time_end in seconds") from None
@@ -231,8 +225,9 @@ def read_ssv2(file, root, split):
 
 
 def read_list(file, root, split):
-    """A list of one's own: lines of 'path label' or 'path,label'."""
-    paths, labels = [], []
+    """A plain list: lines of 'path label' or 'path,label'."""
+    paths = []
+    labels = []
     for i, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
         match = re.fullmatch(r"\s*(\S.*?)(\s*,\s*|\s+)(\d+)\s*", line)
         if line.strip() and (not match or re.search(r"[\s,]\d+$", match[1])):
@@ -249,7 +244,7 @@ LIST_READERS = [read_ssv2, read_kinetics, read_list]
 
 
 def read_folders(folder):
-    """A folder for each class; or any folder of videos, without labels."""
+    """One folder per class; or any folder of videos, without labels."""
     paths = [path for path in files_below(folder) if path.split(os.sep)[0] not in SPLITS["val"]]
     classes = [path.split(os.sep)[0] for path in paths if os.sep in path]
     return paths, classes if len(classes) == len(paths) else None, None
@@ -259,12 +254,12 @@ def files_below(folder):
     """The video files anywhere below a folder, sorted, relative to it."""
     found = []
     for top, _, names in os.walk(folder, followlinks=True):
-        found += [os.path.join(top, name) for name in names if name.lower().endswith(SUFFIXES)]
+        found += [os.path.join(top, name) for name in filter(is_video, names)]
     return sorted(os.path.relpath(path, folder) for path in found)
 
 
 def match_files(file, root, stems, labels):
-    """The videos below root by their names without suffix, and their labels; counts the missing."""
+    """Find videos below root by file stem, with their labels; prints how many are missing."""
     there = {Path(path).stem: path for path in files_below(root)}
     kept = [i for i, stem in enumerate(stems) if stem in there]
     if len(kept) < len(stems):
@@ -279,10 +274,10 @@ def match_files(file, root, stems, labels):
 # -------------------------------------------------------------------------------------- decoding
 
 
-DECODE_LIMIT = 60.0  # seconds that the decoding of one video may take
-LARGEST = 2**26  # pixels of a frame: a damaged header may promise any number
+DECODE_LIMIT = 60.0  # seconds that decoding one video may take
+LARGEST = 2**26  # pixels of a frame: a damaged header may claim any number
 READ_THROUGH = 10.0  # seconds between wanted frames above which a seek is cheaper than reading on
-REORDER = 16  # frames that a decoder may hold back to show them in order; H.264 allows no more
+REORDER = 16  # frames a decoder may hold back for reordering; H.264 allows no more
 HIDDEN = 2  # packets in a row that may show nothing: VP8 and VP9 have one at a time
 
 
@@ -291,10 +286,10 @@ class VideoError(InputError):
 
 
 class Video:
-    """An open video file; use it in a with statement. Raises VideoError where it cannot be opened.
+    """An open video file; use it in a with statement. Raises VideoError if it cannot be opened.
 
     duration: seconds. Times count from the first frame, whatever time stamp the file gives it.
-    second: a second in the file's unit of time, which is that of packet.pts and frame.pts.
+    second: time stamps (packet.pts, frame.pts) per second, 1 / time_base.
     """
 
     def __init__(self, path):
@@ -317,15 +312,17 @@ class Video:
         # decode from `lead` (in their unit) before a chosen packet to `tail` packets after it.
         rising = head == sorted(head, key=lambda packet: packet.pts)
         early = all(p.dts is not None and p.dts < p.pts for p in head[:1])
-        guessed = rising and (self.container.format.name == "avi" or not early)
+        distrusted = rising and (self.container.format.name == "avi" or not early)
         can_skip = self.codec.name in ("h264", "hevc")
-        if self.codec.has_b_frames and (guessed or not can_skip):
-            # Decoders that reorder frames start before the first is shown. Where stamps rise from
-            # packet to packet instead, they are decoding times: AVI has no others, and some tools
-            # copy them. With MPEG-2 and MPEG-4, one never knows.
-            self.lead, self.tail = self.second, REORDER
+        if self.codec.has_b_frames and (distrusted or not can_skip):
+            # With reordering, the first packet is decoded before it is shown: dts < pts. If stamps
+            # rise from packet to packet instead, they are decoding times: AVI has no others, and
+            # some tools copy them. With MPEG-2 and MPEG-4, one never knows.
+            self.lead = self.second
+            self.tail = REORDER
         else:
-            self.lead, self.tail = 0, 0 if can_skip else HIDDEN
+            self.lead = 0
+            self.tail = 0 if can_skip else HIDDEN  # H.264 and HEVC; VP8, VP9 and the like
 
     def open(self):
         try:
@@ -354,8 +351,8 @@ class Video:
             raise VideoError(f"takes more than {DECODE_LIMIT:g} s to decode")
 
     def packets(self, first, last):
-        """The packets that frames at time stamps first to last need, in decoding order."""
-        for margin in (0, 2, 10):  # seconds: some files seek to after what is asked for
+        """The packets needed for frames at time stamps first to last, in decoding order."""
+        for margin in (0, 2, 10):  # seconds: in some files a seek lands too late
             try:
                 self.container.seek(int(first - margin * self.second), stream=self.stream)
             except av.error.FFmpegError:
@@ -368,8 +365,9 @@ class Video:
         return self.read(last)
 
     def read(self, last):
-        """Read on to time stamp last, and beyond it as far as frames can be out of order."""
-        found, later = [], 0
+        """Read on to time stamp `last`, and beyond as far as frames can be out of order."""
+        found = []
+        later = 0
         with contextlib.suppress(av.error.FFmpegError):  # damaged from here on: use what was read
             for packet in self.container.demux(self.stream):
                 self.check_time()
@@ -386,8 +384,8 @@ class Video:
         as many av.VideoFrame.
 
         Beyond the last frame, the last frame. No frame is decoded twice, and groups of pictures
-        without a wanted frame are not decoded. Where damage hides up to half of the wanted frames
-        the nearest that decode stand in; raises VideoError where it hides more.
+        without a wanted frame are not decoded. If up to half of the wanted frames are damaged, the
+        nearest intact ones stand in; raises VideoError if more are.
         """
         times = self.start + np.asarray(times, float) * self.second
         order = np.sort(times)
@@ -397,7 +395,7 @@ class Video:
             packets = self.packets(max(group[0] - self.lead, self.start), group[-1])
             found |= self.decode(packets, group)
         if not found:
-            raise VideoError("no frame in it can be read")
+            raise VideoError("no frame can be read")
         stamps = sorted(found)
         wanted = {stamps[i] for i in nearest(stamps, times)}
         damaged = sum(found[stamp] is None for stamp in wanted)
@@ -409,7 +407,7 @@ class Video:
     def choose(self, packets, times):
         """What to decode for the frames nearest to the times (in time stamps).
 
-        Returns the packets, with None in place of those to leave out, and the time stamps of the
+        Returns the packets, with None in place of those to skip, and the time stamps of the
         packets nearest to the times.
         """
         shown = np.unique([p.pts for p in packets if not p.is_discard])
@@ -433,20 +431,20 @@ class Video:
         """
         chosen, wanted = self.choose(packets, times)
         found = dict.fromkeys(wanted)
-        frames, stamps = [], []  # of frames that came out, but do not have their own stamps yet
+        frames, stamps = [], []  # decoded, but not yet matched to each other
         last, hidden = {}, False  # the last frame shown; whether a packet after it showed none
         for packet, _ in itertools.groupby(chosen):  # several None in a row become one
             self.check_time()
-            if packet and not self.tail:  # leave out what is neither wanted nor referred to
+            if packet and not self.tail:  # skip what is neither wanted nor a reference
                 self.codec.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
             try:
-                out = self.codec.decode(packet)  # None: let out what the decoder still holds
+                out = self.codec.decode(packet)  # None: drain the decoder
                 out = [frame for frame in out if frame.pts is not None]
             except av.error.FFmpegError:
                 out = []
             else:
                 if packet and not out and self.tail == HIDDEN:
-                    # VP8 and VP9 refer to pictures that are never shown: take those on both sides.
+                    # VP8 and VP9 have packets that show nothing: take the frames on both sides.
                     found.pop(packet.pts, None)
                     found |= last
                     hidden = True
@@ -468,22 +466,22 @@ class Video:
 
 
 def nearest(sorted_values, targets):
-    """For each target the index of the nearest value; the earlier of two that are as near."""
+    """For each target the index of the nearest value; the earlier one in a tie."""
     return abs(np.subtract.outer(targets, sorted_values)).argmin(-1)
 
 
 def upright_size(frame):
-    """Height and width of a frame as it is meant to be shown."""
+    """Height and width of a frame as displayed."""
     size = frame.height, frame.width
     return size[::-1] if frame.rotation % 180 == 90 else size
 
 
 def to_clip(frames, size, box=None, flip=False):
-    """Cut, scale, mirror and convert frames: T av.VideoFrame -> uint8 RGB (T, height, width, 3).
+    """Crop, scale, flip and convert frames: T av.VideoFrame -> uint8 RGB (T, height, width, 3).
 
     size: (height, width) to scale to. box: (top, left, height, width) in pixels of the upright
-    frame, all of it by default; rounded to what the pixel format can be cut at. Raises VideoError
-    where that cannot be done with them.
+    frame, all of it by default; rounded to what the pixel format allows. Raises VideoError
+    if FFmpeg cannot do this.
     """
     first = frames[0]
     top, left, height, width = box or (0, 0, *upright_size(first))
@@ -494,12 +492,13 @@ def to_clip(frames, size, box=None, flip=False):
         *turns.get(first.rotation % 360, []),
         f"crop={width}:{height}:{left}:{top}",
         f"scale={size[1]}:{size[0]}:flags=bilinear",
-        f"format={first.format.name}",  # then to RGB: at once with scaling it takes twice as long
+        f"format={first.format.name}",  # RGB comes next: together, they take twice as long
         "format=rgb24",
         *["hflip"] * flip,
         "buffersink",
     ]
-    pictures, graph = {}, av.filter.Graph()
+    pictures = {}
+    graph = av.filter.Graph()
     graph.threads = 1
     try:
         graph.link_nodes(*(graph.add(*step.split("=", 1)) for step in steps)).configure()
@@ -532,9 +531,10 @@ def sample_times(duration, args, place):
 def warp(clip, degrees=0.0, shear=(0, 0), shift=(0, 0)):
     """Rotate about the middle, shear about the top left corner, shift by shares of the size."""
     T, C, H, W = clip.shape
-    center, shear = [0, 0] if any(shear) else None, np.degrees(np.arctan(shear)).tolist()
+    center = [0, 0] if any(shear) else None
+    shear = np.degrees(np.arctan(shear)).tolist()
     shift = [shift[0] * W, shift[1] * H]
-    one = clip.reshape(T * C, H, W)  # as channels of one picture: where to sample is computed once
+    one = clip.reshape(T * C, H, W)  # as channels of one picture: one sampling grid for all
     bilinear = v2.InterpolationMode.BILINEAR
     return TF.affine(one, degrees, shift, 1.0, shear, bilinear, 128, center).view(T, C, H, W)
 
@@ -545,7 +545,7 @@ RAND_AUGMENT = {  # operations; m, a tenth of the magnitude, is in 0..1, and s i
     "Invert": lambda clip, m, s: TF.invert(clip),
     "Rotate": lambda clip, m, s: warp(clip, degrees=30 * s),
     "Posterize": lambda clip, m, s: TF.posterize(clip, 4 - int(4 * m)),  # bits to keep
-    # 256.0, not 256: beside uint8 that would wrap around to 0
+    # 256.0, not 256, which would wrap around to 0 as uint8
     "Solarize": lambda clip, m, s: torch.where(clip >= 256.0 - int(256 * m), ~clip, clip),
     "SolarizeAdd": lambda clip, m, s: clip + int(110 * m) * (clip < 128).byte(),
     "Color": lambda clip, m, s: TF.adjust_saturation(clip, 1 + 0.9 * s),
@@ -582,11 +582,11 @@ class RandAugment:
         return clip
 
 
-class TrainDataset(torch.utils.data.Dataset):
-    """Samples to train on, indexed by (epoch, index): dicts, as load(index, epoch) makes them.
+class TrainDataset(Dataset):
+    """Samples to train on, indexed by (epoch, index): the dicts that load(index, epoch) returns.
 
-    An unreadable video is replaced by another, drawn from the same numbers; "failures" names it:
-    [(index, reason)].
+    An unreadable video is replaced by another, also drawn from (epoch, index); "failures" lists
+    them: [(index, reason)].
     """
 
     def __init__(self, videos, args):
@@ -594,7 +594,8 @@ class TrainDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, key, attempts=20):
         epoch, index = key
-        failures, tried = [], index
+        failures = []
+        tried = index
         for attempt in range(1, attempts + 1):
             try:
                 return self.load(tried, epoch) | {"failures": failures}
@@ -605,13 +606,12 @@ class TrainDataset(torch.utils.data.Dataset):
         raise VideoError("\n".join([f"{attempts} videos in a row cannot be read:", *reasons]))
 
 
-class TestDataset(torch.utils.data.Dataset):
-    """Samples to test on: dicts of index, and what load(index) gives, or "failure": the reason."""
-
-    __test__ = False  # for pytest
+class TestDataset(Dataset):
+    """Samples to test on: dicts of "index" and what load(index) returns, or "failure": a reason."""
 
     def __init__(self, videos, args):
-        self.videos, self.args = videos, args
+        self.videos = videos
+        self.args = args
 
     def __len__(self):
         return len(self.videos)
@@ -631,15 +631,17 @@ class ClipDataset(TrainDataset):
     """
 
     def __init__(self, videos, args, draw_noise=None, augment=None):
-        """draw_noise() gives noise (N,) to mask a clip by; augment takes clips (T, 3, H, W)."""
+        """draw_noise() returns noise (N,) to mask a clip; augment takes clips (T, 3, H, W)."""
         super().__init__(videos, args)
-        self.draw_noise, self.augment = draw_noise, augment
+        self.draw_noise = draw_noise
+        self.augment = augment
         low, high = args.crop_scale
         if low > high:
             raise InputError(f"--crop_scale {low:g} {high:g}: the smaller number comes first")
 
     def load(self, index, epoch):
-        repeats, sample = range(self.args.repeat_aug), {"video": [], "noise": []}
+        repeats = range(self.args.repeat_aug)
+        sample = {"video": [], "noise": []}
         seeds = [stateless_seed(self.args.seed, epoch, index, repeat) for repeat in repeats]
         clips = self.videos.clips(index, lambda length: [self.times(length, s) for s in seeds])
         for seed, clip in zip(seeds, clips):
@@ -656,13 +658,14 @@ class ClipDataset(TrainDataset):
 
     def times(self, duration, seed):
         """The times of a random clip of a video."""
-        # Not torch's generator: with this seed it draws the crop, which would follow the place.
+        # Not torch's generator: with the same seed it draws the crop; the two would correlate.
         places = np.random.default_rng(seed).random(self.args.num_frames)
         return sample_times(duration, self.args, places if self.args.segments else places[0])
 
     def crop(self, frames):
         """T av.VideoFrame -> uint8 (T, H, W, 3); draws are the same for all frames of the clip."""
-        whole, ratio = torch.empty(3, *upright_size(frames[0]), device="meta"), (3 / 4, 4 / 3)
+        whole = torch.empty(3, *upright_size(frames[0]), device="meta")
+        ratio = (3 / 4, 4 / 3)
         box = RandomResizedCrop.get_params(whole, self.args.crop_scale, ratio)
         flip = self.args.hflip and torch.rand(()).item() < 0.5
         clip = to_clip(frames, (self.args.img_size,) * 2, box, flip)
@@ -683,13 +686,14 @@ class MultiViewDataset(TestDataset):
         self.views = views
 
     def load(self, index):
-        size, views = (self.args.img_size,) * 2, []
+        size = (self.args.img_size,) * 2
+        views = []
         for clip in self.videos.clips(index, self.times):
             views += [to_clip(clip, size, box) for box in self.boxes(*upright_size(clip[0]))]
         return {"video": torch.stack(views)}
 
     def times(self, duration):
-        """The times of the K clips: from the start to the end, or the middle if there is one."""
+        """The times of the K clips: from start to end of the video, or its middle if K is 1."""
         K = self.views[0]
         middles = (np.arange(K) + 0.5) / K  # of segments: one clip takes their middle
         places = middles if self.args.segments else evenly(K)
@@ -703,7 +707,7 @@ class MultiViewDataset(TestDataset):
 
 
 def evenly(n):
-    """n places from 0 to 1, both included; one: the middle."""
+    """n numbers from 0 to 1, both included; the middle if n is 1."""
     return np.linspace(0, 1, n) if n > 1 else [0.5]
 
 
@@ -711,7 +715,7 @@ def evenly(n):
 
 AVA_TIMES = 902, 1798  # the seconds of each movie that are annotated
 AVA_CLASSES = 80  # actions, numbered from 1; 60 of them are evaluated
-AVA_FILES = {  # by the names they are distributed with; of several, the last in order
+AVA_FILES = {  # by their distributed names; of several, the last by name
     "ground_truth": "ava_{split}_v2.?.csv",
     "excluded": "ava_{split}_excluded_timestamps_v2.?.csv",
     "boxes": "ava_detection_{split}_boxes*.csv",
@@ -743,9 +747,9 @@ def find_ava(args, split):
 
 
 def read_rows(file, form):
-    """The rows of a csv file, each turned into what form(row) makes of it.
+    """The rows of a csv file, each converted by form(row).
 
-    Raises InputError with file and line where that raises ValueError.
+    Raises InputError with file and line if that raises ValueError.
     """
     with open(file, encoding="utf-8-sig", newline="") as text:
         for line, row in enumerate(csv.reader(text), 1):
@@ -761,7 +765,7 @@ def read_boxes(file, scored=True, threshold=-math.inf):
 
     Rows are video,second,x1,y1,x2,y2,action,score, boxes as shares of the frame; the action may be
     missing (0), or the score (1). Not scored: the last column is a person, and actions are needed.
-    threshold: lower scores are left out. Raises InputError with file and line.
+    threshold: drop lower scores. Raises InputError with file and line.
     """
 
     def form(row):
@@ -769,7 +773,7 @@ def read_boxes(file, scored=True, threshold=-math.inf):
         action = int(row[6]) if len(row) > 6 and row[6] not in ("", "-1") else 0
         score = float(row[7]) if scored and len(row) > 7 else 1.0
         if not (-1 < x1 < x2 < 2 and -1 < y1 < y2 < 2):
-            raise ValueError("not a box; expected x1 < x2 and y1 < y2, in 0..1 of the frame")
+            raise ValueError("not a box; expected x1 < x2 and y1 < y2, as shares of the frame")
         if not (0 if scored else 1) <= action <= AVA_CLASSES:
             raise ValueError(f"action {action} is outside 1..{AVA_CLASSES}")
         return (row[0], float(row[1])), (x1, y1, x2, y2, action, score)
@@ -792,13 +796,13 @@ def read_action_list(file):
     entries = re.findall(r'(?:item|label)\s*\{\s*name:\s*"(.*?)"\s*(?:label_)?id:\s*(\d+)', text)
     if not entries:
         raise InputError(
-            f'{file}: no action list; expected entries as item {{ name: "walk" id: 14 }}'
+            f'{file}: no action list; expected entries like item {{ name: "walk" id: 14 }}'
         )
     return {int(number): name for name, number in entries}
 
 
 def find_movies(args, names):
-    """The movies of these names: {video: path of its file, or of the folder with its frames}.
+    """The movies with these names: {video: path of its file, or of the folder with its frames}.
 
     Raises InputError if one is missing, unless --allow_missing: then it is reported and left out.
     """
@@ -818,11 +822,12 @@ def find_movies(args, names):
 
 
 def read_keyframes(args, split):
-    """The Keyframes of a split: to train on, true boxes and a detector's; to test on, a detector's.
+    """The Keyframes of a split: true and detected boxes to train on, detected ones to test on.
 
     Those that are excluded, of missing movies or outside AVA_TIMES are left out and counted.
     """
-    files, boxes = find_ava(args, split), {}
+    files = find_ava(args, split)
+    boxes = {}
     source = files["boxes"] or files["ground_truth"]
     if files["boxes"]:
         boxes = read_boxes(files["boxes"], threshold=args.detection_threshold)
@@ -854,7 +859,9 @@ class Keyframes:
         """boxes: as from read_boxes. movies: {video: path}. video_start: the second that files
         begin with; None: 0, or 900 for a folder of frames.
         """
-        self.source, self.movies, self.video_start = source, movies, video_start
+        self.source = source
+        self.movies = movies
+        self.video_start = video_start
         self.keys, self.rows = list(boxes), list(boxes.values())  # (video, second), (R, 6)
 
     def __len__(self):
@@ -876,7 +883,7 @@ class Keyframes:
         return boxes, actions[:, 1:]
 
     def frames(self, index, num_frames, sampling_rate):
-        """A clip of which frame num_frames // 2 is the keyframe; beyond its ends the last frame."""
+        """A clip with the keyframe at num_frames // 2; beyond the movie's ends, its end frames."""
         video, second = self.keys[index]
         folder = os.path.isdir(self.movies[video])
         start = 900 * folder if self.video_start is None else self.video_start
@@ -891,10 +898,11 @@ class Keyframes:
 
 
 class FrameFolder:
-    """A video as a folder of frames, ID/ID_000001.jpg and on, 30 a second; read as a Video is."""
+    """A video as a folder of frames, from ID/ID_000001.jpg, 30 a second; used like a Video."""
 
     def __init__(self, path):
-        self.path, self.count = Path(path), sum(name.endswith(".jpg") for name in os.listdir(path))
+        self.path = Path(path)
+        self.count = sum(name.endswith(".jpg") for name in os.listdir(path))
         self.duration = self.count / FPS
 
     def __enter__(self):
@@ -918,9 +926,9 @@ class FrameFolder:
 
 
 def cut_clip(frames, boxes, crop, size, flip=False):
-    """A clip, as to_clip makes it, and boxes that move along: (T, h, w, 3), (K, 4) in pixels of it.
+    """A clip, as from to_clip, and boxes moved to match: (T, h, w, 3), (K, 4) in pixels of it.
 
-    boxes (K, 4): shares of the frame; those that come out are cut to the clip. crop: (top, left,
+    boxes (K, 4): shares of the frame; those returned are clipped to the crop. crop: (top, left,
     height, width) in the frame; size: (height, width) of the clip.
     """
     (H, W), (top, left, height, width) = upright_size(frames[0]), crop
@@ -932,12 +940,12 @@ def cut_clip(frames, boxes, crop, size, flip=False):
 
 
 def even(x):
-    """The largest even number up to x: most videos hold colours at half the resolution."""
+    """The largest even number up to x: most videos store color at half the resolution."""
     return 2 * int(x / 2)
 
 
 class KeyframeDataset(TrainDataset):
-    """Clips around keyframes to train on: short side to 256 to 320, random crop of 224, flip.
+    """Clips around keyframes to train on: short side 256 to 320, random crop of 224, flip.
 
     A sample has: video uint8 (1, T, H, W, 3), boxes (K, 4) in its pixels, actions (K, 80). K counts
     the boxes left in the crop; it may be 0.
@@ -971,13 +979,16 @@ class KeyframeTestDataset(TestDataset):
         self.patch_size = patch_size
 
     def load(self, index):
-        args, short_side = self.args, self.args.test_size or self.args.img_size
+        args = self.args
+        short_side = self.args.test_size or self.args.img_size
         frames = self.videos.frames(index, args.num_frames, args.sampling_rate)
         H, W = upright_size(frames[0])
-        short, size = even(min(H, W)), (short_side, short_side)
+        short = even(min(H, W))
+        size = (short_side, short_side)
         crop = even((H - short) / 2), even((W - short) / 2), short, short
         if args.test_crop == "full":
-            crop, patch = (0, 0, H, W), min(H, W) / short_side * self.patch_size
+            crop = (0, 0, H, W)
+            patch = min(H, W) / short_side * self.patch_size
             size = [max(1, round(n / patch)) * self.patch_size for n in (H, W)]
         clip, boxes = cut_clip(frames, self.videos.boxes(index)[0], crop, size)
         return {"video": clip, "boxes": boxes}
@@ -993,6 +1004,17 @@ def permutation(length, seed, epoch):
     return torch.randperm(length, generator=generator).tolist()
 
 
+LISTS = "failures", "boxes", "actions"  # what stays a list in a batch, one item per video
+
+
+def collate(samples):
+    """Join samples into lists: of one tensor (R, B, ...), or, for LISTS, an item per video."""
+    batch = {name: [sample[name] for sample in samples] for name in samples[0]}
+    for name in batch.keys() - LISTS:
+        batch[name] = [torch.stack(batch[name], 1)]  # in a list, as the others are
+    return batch
+
+
 class Batches:
     """The micro-batches of a run from step start to stop, loaded by workers, moved to the device.
 
@@ -1001,19 +1023,21 @@ class Batches:
     """
 
     def __init__(self, dataset, device, start, stop):
-        self.length, self.args, self.device = len(dataset.videos), dataset.args, device
-        # Workers hand over one video at a time, for whole batches need far more shared memory; but
-        # small ones together, for each hand-over takes a millisecond.
-        args = self.args
+        args = self.args = dataset.args
+        self.length = len(dataset.videos)
+        self.device = device
+        # Workers hand over one video at a time, since whole batches need far more shared memory;
+        # small ones go together, since each hand-over takes a millisecond.
         size = args.micro_batch * args.repeat_aug * args.num_frames * args.img_size**2 * 3  # bytes
-        self.parts = 1 if size < 2**23 else args.micro_batch
+        self.parts = 1 if size < 2**23 else args.micro_batch  # that make a micro-batch
         keys = (key for step in range(start, stop) for key in self.keys(step, RANK))
-        together, pin_memory = args.micro_batch // self.parts, device.type == "cuda"
-        self.samples = load_samples(dataset, keys, together, pin_memory)
-        self.waited, self.failures, self.close = 0.0, [], self.samples.close
+        self.samples = load_samples(dataset, keys, args.micro_batch // self.parts)
+        self.waited = 0.0
+        self.failures = []
+        self.close = self.samples.close
 
     def keys(self, step, rank):
-        """The (epoch, index) that a process takes in a step."""
+        """The (epoch, index) pairs a process takes in a step."""
         share = self.args.batch_size // WORLD
         first = step * self.args.batch_size + rank * share
         places = [divmod(place, self.length) for place in range(first, first + share)]
@@ -1023,7 +1047,7 @@ class Batches:
         """A dict: video (R*B, 3, T, H, W) uint8, noise (R*B, N), label (R*B,); on AVA boxes and
         actions, lists of B tensors (K, 4) and (K, 80).
 
-        First one clip of each video, then the next of each: mixing neighbours mixes videos.
+        First one clip of each video, then the next of each, so mixing neighbours mixes videos.
         """
         began = time.perf_counter()
         parts = [next(self.samples) for _ in range(self.parts)]
@@ -1038,34 +1062,23 @@ class Batches:
         return batch
 
 
-LISTS = "failures", "boxes", "actions"  # what is kept apart for each video in a batch
+def load_samples(dataset, sampler, together=None):
+    """Yield dataset[key] for each key, by --num_workers processes, which end with it.
 
-
-def collate(samples):
-    """Join samples for a worker to hand over, into lists; tensors into one, (R, B, ...)."""
-    batch = {name: [sample[name] for sample in samples] for name in samples[0]}
-    for name in batch.keys() - LISTS:
-        batch[name] = [torch.stack(batch[name], 1)]
-    return batch
-
-
-def load_samples(dataset, sampler, together=None, pin_memory=False):
-    """Yield dataset[key] for each key, loaded by --num_workers; they end with this generator.
-
-    together: as many at once, joined by collate. Nothing random is left to the workers, so their
+    together: how many to join by collate. Nothing random is left to the workers, so their
     number changes nothing. By default they take the process's share of the cores; without a GPU,
     half of it.
     """
     workers = dataset.args.num_workers
     if workers is None:
         workers = cores() if torch.cuda.is_available() else max(1, cores() // 2)
-    loader = torch.utils.data.DataLoader(
+    loader = DataLoader(
         dataset,
         sampler=sampler,
         batch_size=together,
         collate_fn=collate if together else None,
         num_workers=workers,
-        pin_memory=pin_memory,
+        pin_memory=torch.cuda.is_available(),
         worker_init_fn=ignore_signals,
     )
     try:
@@ -1079,7 +1092,7 @@ def load_samples(dataset, sampler, together=None, pin_memory=False):
 
 
 def ignore_signals(_):
-    """Ctrl-C and SIGTERM may reach workers, too, which go on until the run has saved."""
+    """Ctrl-C and SIGTERM reach workers, too; they must work on until the run has saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -1089,19 +1102,22 @@ def run_test(dataset, function):
 
     Returns {index: value}, and {index: reason} of the unreadable ones, on all processes.
     """
-    rounds, last = math.ceil(len(dataset) / WORLD), len(dataset) - 1
-    mine = [min(RANK + WORLD * i, last) for i in range(rounds)]  # as many on each process
-    values, failures = {}, {}
+    rounds = math.ceil(len(dataset) / WORLD)
+    last = len(dataset) - 1
+    mine = [min(RANK + WORLD * i, last) for i in range(rounds)]  # equally many on each process
+    values = {}
+    failures = {}
     samples = load_samples(dataset, mine)
     for i, sample in enumerate(progress(samples, rounds)):
         if i % 20 == 0:
-            gather(None)  # a slow machine could be so late in the end that others give it up
+            gather(None)  # else a slow process may lag until the others time out
         if "failure" in sample:
             failures[sample["index"]] = sample["failure"]
         else:
             values[sample["index"]] = function(sample)
     for more_values, more_failures in gather((values, failures)):
-        values, failures = values | more_values, failures | more_failures
+        values |= more_values
+        failures |= more_failures
     return dict(sorted(values.items())), dict(sorted(failures.items()))
 
 
@@ -1115,15 +1131,15 @@ DEMO_VIDEOS = {  # videos of each split
     "ava": dict(train=100, val=100),  # movies of two things
 }
 DEMO_SECONDS = 902, 904  # that are annotated; a movie starts at 900
-DEMO_VERSION = "6"  # of what is drawn: another version is made anew
+DEMO_VERSION = "6"  # of the drawings: a change makes the demo anew
 
 
 def bar(x, y, left, top, right, bottom):
-    """About the signed distance from an upright rectangle."""
+    """Roughly the signed distance to an upright rectangle."""
     return np.maximum(np.maximum(left - x, x - right), np.maximum(top - y, y - bottom))
 
 
-DEMO_SHAPES = {  # classes; about the signed distance from the outline of a shape of size 1
+DEMO_SHAPES = {  # classes; roughly the signed distance to the outline of a shape of size 1
     "disc": lambda x, y: np.hypot(x, y) - 0.9,
     "triangle": lambda x, y: np.maximum(0.87 * abs(x) + 0.5 * y, -y) - 0.55,
     "cross": lambda x, y: np.minimum(bar(x, y, -1, -0.33, 1, 0.33), bar(x, y, -0.33, -1, 0.33, 1)),
@@ -1139,25 +1155,29 @@ DEMO_ACTIONS = [*DEMO_SHAPES, *DEMO_MOTIONS[:4]]  # of AVA's part, numbered from
 
 
 def draw_scene(seed, things, radius, width=56, num_frames=24):
-    """Draw things that move slowly before a plain background: uint8 (T, H, W, 3), and what is
+    """Draw things moving slowly over a plain background: uint8 (T, H, W, 3), and what is
     there.
 
-    things: (shape, motion, x) of each, None for random; x: where it is halfway, of the width.
-    radius: from and to, in pixels. What is there: (shape, motion, boxes (4, T) in pixels) of each
+    things: (shape, motion, x) of each, None for random; x: its position halfway through, in 0..1.
+    radius: its range in pixels. What is there: (shape, motion, boxes (4, T) in pixels) of each
     thing.
     """
-    rng, H, W, T = np.random.RandomState(seed), DEMO_HEIGHT, width, num_frames
+    rng = np.random.RandomState(seed)
+    H, W, T = DEMO_HEIGHT, width, num_frames
     colors = np.zeros((1 + len(things), 3))
     while (abs(colors[1:] - colors[0]).sum(1) < 200).any():  # things stand out from the background
         colors = rng.uniform(0, 255, colors.shape).astype(np.float32)
     y, x = np.mgrid[:H, :W].astype(np.float32)
     slope = rng.uniform(-30, 30, 2)
     picture = (slope[0] * (x / W - 0.5) + slope[1] * (y / H - 0.5))[..., None] + colors[0]
-    t, drawn = np.arange(T, dtype=np.float32).reshape(-1, 1, 1) / T - 0.5, []
+    t = np.arange(T, dtype=np.float32).reshape(-1, 1, 1) / T - 0.5
+    drawn = []
     for (shape, motion, place), color in zip(things, colors[1:]):
-        shape, motion = shape or rng.choice([*DEMO_SHAPES]), motion or rng.choice(DEMO_MOTIONS)
+        shape = shape or rng.choice([*DEMO_SHAPES])
+        motion = motion or rng.choice(DEMO_MOTIONS)
         size = rng.uniform(*radius)
-        path, angle = rng.uniform(0.2, 0.3) * t, rng.uniform(-0.3, 0.3)
+        path = rng.uniform(0.2, 0.3) * t
+        angle = rng.uniform(-0.3, 0.3)
         center_x, center_y = ((place, 0.5) + rng.uniform(-0.07, 0.07, 2)) * (W, H)
         if motion in ("rises", "falls"):
             center_y = center_y + {"rises": -H, "falls": H}[motion] * path
@@ -1167,7 +1187,8 @@ def draw_scene(seed, things, radius, width=56, num_frames=24):
             angle = angle + rng.choice([-4, 4]) * path
         else:
             size = size * (1 + {"swells": 2, "shrinks": -2}[motion] * path)
-        u, v = (x - center_x) / size, (y - center_y) / size
+        u = (x - center_x) / size
+        v = (y - center_y) / size
         u, v = u * np.cos(angle) - v * np.sin(angle), u * np.sin(angle) + v * np.cos(angle)
         inside = (0.5 - DEMO_SHAPES[shape](u, v) * size).clip(0, 1)[..., None]  # soft at the edge
         picture = picture * (1 - inside) + inside * color
@@ -1209,10 +1230,12 @@ def make_demo(part, folder="data/demo"):
 
 def make_demo_videos(part, folder):
     """Every shape in every motion; labelled videos in a folder for each shape."""
-    tasks, shapes = [], [*DEMO_SHAPES]
+    tasks = []
+    shapes = [*DEMO_SHAPES]
     for split, count in DEMO_VIDEOS[part].items():
         for i in range(count):
-            shape, motion = shapes[i % 8], DEMO_MOTIONS[i // 8 % 6]
+            shape = shapes[i % 8]
+            motion = DEMO_MOTIONS[i // 8 % 6]
             seed = stateless_seed(i, split == "val", part == "kinetics") % 2**32
             scene = dict(seed=seed, things=[(shape, motion, 0.5)], radius=(14.5, 18))
             label = shape if part == "kinetics" else ""
@@ -1226,7 +1249,9 @@ def make_demo_ava(part, folder):
     numbers = {name: number for number, name in enumerate(DEMO_ACTIONS, 1)}
     things = [(None, None, 0.28), (None, None, 0.72)]
     for split, count in DEMO_VIDEOS[part].items():
-        tasks, truth, detected = [], [], []
+        tasks = []
+        truth = []
+        detected = []
         for i in range(count):
             seed = stateless_seed(i, split == "val", 2) % 2**32
             scene = dict(seed=seed, things=things, radius=(11, 13.5), width=72, num_frames=48)
@@ -1236,7 +1261,8 @@ def make_demo_ava(part, folder):
             for second, person in itertools.product(DEMO_SECONDS, range(len(things))):
                 shape, motion, boxes = drawn[person]
                 box = np.array(boxes)[:, int((second - 900) * DEMO_FPS)] / size
-                off, score = box + rng.normal(0, 0.01, 4), round(rng.uniform(0.75, 1), 3)
+                off = box + rng.normal(0, 0.01, 4)
+                score = round(rng.uniform(0.75, 1), 3)
                 for name in {shape, motion} & numbers.keys():
                     row = [path.stem, f"{second:04d}"]
                     truth.append([*row, *box.clip(0, 1).round(3), numbers[name], person])
@@ -1254,15 +1280,17 @@ def write_csv(path, rows):
 
 
 def write_video(path, frames, fps, crf=18):
-    """Write frames, uint8 (T, H, W, 3), as H.264, which has no odd sizes: an odd row or column
-    goes.
+    """Write frames, uint8 (T, H, W, 3), as H.264, without the last row or column if odd: it
+    needs even sizes.
     """
     height, width = (n // 2 * 2 for n in frames.shape[1:3])
     frames = np.ascontiguousarray(np.asarray(frames)[:, :height, :width])
     with av.open(str(path), "w", format="mp4") as container:
         options = {"crf": str(crf), "preset": "veryfast"}
         stream = container.add_stream("libx264", rate=fps, options=options)
-        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        stream.height = height
+        stream.width = width
+        stream.pix_fmt = "yuv420p"
         stream.codec_context.thread_count = 1
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))

@@ -8,8 +8,8 @@
 
 CHECKPOINT is a pre-trained encoder or, as in Table 8, one that was fine-tuned on Kinetics; Table 8
 also has --rel_pos. Batches count keyframes: clips of 16 frames, 4/30 s apart, around an annotated
-second. Training boxes are true ones, and a detector's that score 0.8 and more; test boxes are the
-detector's alone. ViT-L, pre-trained and fine-tuned on Kinetics-400, with relative positions,
+second. Training boxes are true ones plus detections that score 0.8 or more; test boxes are
+detections only. ViT-L, pre-trained and fine-tuned on Kinetics-400, with relative positions,
 reaches 35.9 mAP on center crops and 36.8 on full frames (Table 8).
 """
 
@@ -96,13 +96,13 @@ def recipe_of(args):
 
 
 def parse_args(argv=None):
-    parser, switch = make_parser(__doc__, data.AVA_LAYOUT), argparse.BooleanOptionalAction
+    parser = make_parser(__doc__, data.AVA_LAYOUT)
+    switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("fine-tuning").add_argument
     add("--drop_path", type=fraction, help="stochastic depth rate of the last block")
     add("--dropout", type=fraction, help="before the head")
     add("--layer_decay", type=fraction, help="layer-wise lr decay; 0 trains the head only")
-    positions = "relative positions in every block (Table 8)"
-    add("--rel_pos", action=switch, default=False, help=positions)
+    add("--rel_pos", action=switch, default=False, help="relative positions (Table 8)")
     add("--detection_threshold", type=float, default=0.8, help="drop boxes with lower scores")
     add("--video_start", type=float, help="second at which files begin; None: 0, or 900 for frames")
     add("--allow_missing", action="store_true", help="skip missing movies, and do not score them")
@@ -117,8 +117,8 @@ def parse_args(argv=None):
     add("--eval", action="store_true", help="test the detector in --init")
     add("--predict", metavar="VIDEO", help="say and draw what the people in --boxes do")
     add("--score", metavar="CSV", help="score detections by AVA's protocol; needs no model")
-    boxes = "to test on, None: the data set's; to predict on: video,second of the file,x1,y1,x2,y2"
-    add("--boxes", metavar="CSV", help=boxes)
+    help = "to test on, None: the data set's; to predict on: video,second of the file,x1,y1,x2,y2"
+    add("--boxes", metavar="CSV", help=help)
     add("--ground_truth", metavar="CSV", help="to score against; None: the data set's")
     add("--action_list", metavar="PBTXT", help="actions that count; None: the data set's")
     add("--excluded", metavar="CSV", help="seconds that do not count; None: the data set's")
@@ -173,30 +173,30 @@ def train(args):
 
     # ---------------------------------------------------------------- loop
     batches = Batches(KeyframeDataset(keyframes, args), device, start, steps)
-    boxes = torch.zeros((), device=device)
     with Run(args, keyframes, batches, start, steps, flops) as run:
         for step in range(start, steps):
             lr = cosine_decay(run.epoch(step), args.lr, args.warmup_epochs, args.epochs)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
 
-            # The loss is a mean over the boxes of the global batch: clips have some, or none.
+            # The loss is a mean over the boxes of the global batch: a clip may have none.
             micro_batches = [next(batches) for _ in range(micro_steps)]
-            boxes.fill_(sum(len(x) for batch in micro_batches for x in batch["boxes"]))
+            count = sum(len(boxes) for batch in micro_batches for boxes in batch["boxes"])
+            num_boxes = torch.full((), float(count), device=device)
             if WORLD > 1:
-                dist.all_reduce(boxes)
+                dist.all_reduce(num_boxes)
             loss = torch.zeros((), device=device)
             for micro_step, batch in enumerate(micro_batches):
-                # Dropout and drop path follow from the step alone; four numbers would name a clip.
+                # Seeds dropout and drop path. Five numbers: clips are seeded by four.
                 torch.manual_seed(data.stateless_seed(args.seed, step, RANK, micro_step, 0))
-                # DDP exchanges gradients at the last micro-batch only, and averages over processes:
-                # times WORLD that is a sum.
+                # DDP exchanges gradients at the last micro-batch only, and averages over processes;
+                # WORLD (below) turns that into a sum.
                 ddp.require_backward_grad_sync = micro_step == micro_steps - 1
                 with autocast(args, device):
                     logits = ddp(batch["video"], batch["boxes"]).float()  # (K, 80)
                 actions = torch.cat(batch["actions"])
                 error = F.binary_cross_entropy_with_logits(logits, actions, reduction="sum")
-                micro_loss = error * WORLD / (boxes.clamp(min=1) * AVA_CLASSES)
+                micro_loss = error * WORLD / (num_boxes.clamp(min=1) * AVA_CLASSES)
                 micro_loss.backward()
                 loss += micro_loss.detach()
             parameters = detector.parameters()
@@ -223,8 +223,8 @@ def train(args):
 
 
 def detect(detector, keyframes, args):
-    """Scores of the boxes of keyframes, {index: (K, 80)}, and why some have none: {index: text}."""
-    device = next(detector.parameters()).device
+    """Score the boxes of keyframes: {index: (K, 80)}, and {index: reason} of unreadable ones."""
+    device = detector.cls_token.device
     detector.eval()
 
     @torch.no_grad()
@@ -232,24 +232,25 @@ def detect(detector, keyframes, args):
         video = sample["video"].permute(3, 0, 1, 2)[None].to(device)
         with autocast(args, device):
             logits = detector(video, [sample["boxes"].to(device)])
-        return logits.float().sigmoid().cpu()  # an action has a score of its own
+        return logits.float().sigmoid().cpu()  # each action has its own score
 
     return data.run_test(KeyframeTestDataset(keyframes, args, detector.patch_size), scores_of)
 
 
 def test(detector, keyframes, args):
-    """Detect at every keyframe, and score it: detections.csv, results.json and pictures/."""
+    """Detect at all keyframes and score; writes detections.csv, results.json and pictures/."""
     scores, failures = detect(detector, keyframes, args)
     if RANK > 0:
         return
     for index, reason in failures.items():
         print(f"unreadable, its people count as missed: {keyframes.name(index)}: {reason}")
-    out, files = Path(args.output_dir), data.find_ava(args, "val")
+    out = Path(args.output_dir)
+    files = data.find_ava(args, "val")
     out.mkdir(parents=True, exist_ok=True)
     write_detections(out / "detections.csv", keyframes, scores, args.actions)
     truth = data.read_boxes(files["ground_truth"], scored=False)
     excluded = data.read_excluded(files["excluded"])
-    if args.allow_missing:  # what happens in them cannot count as missed
+    if args.allow_missing:  # what happens in them must not count as missed
         movies = data.find_movies(args, {video for video, _ in truth})
         truth = {key: rows for key, rows in truth.items() if key[0] in movies}
     results = score(truth, data.read_boxes(out / "detections.csv"), args.actions, excluded)
@@ -264,7 +265,7 @@ def test(detector, keyframes, args):
 
 
 def write_detections(path, keyframes, scores, actions):
-    """Write detections as the challenge wants them: video,second,x1,y1,x2,y2,action,score."""
+    """Write detections in AVA's format: video,second,x1,y1,x2,y2,action,score."""
     with open(path, "w", newline="") as file:
         rows = csv.writer(file)
         for index, values in scores.items():
@@ -280,8 +281,8 @@ def score(truth, detections, actions, excluded=()):
     """Score detections by AVA's protocol: {"mAP": ..., "per_class": {name: AP or None}}; prints it.
 
     truth, detections: as from data.read_boxes. Mean average precision at IoU 0.5 over the actions
-    that happen in the ground truth. Going down in score, a detection is right if the true box of
-    its action that it overlaps most does so by half, and was not found before.
+    that happen in the ground truth. In order of falling score, a detection is right if the true box
+    of its action that it overlaps most has IoU >= 0.5 and is not taken yet.
     """
     truth = {key: rows for key, rows in truth.items() if key not in excluded}
     detections = {key: rows for key, rows in detections.items() if key not in excluded}
@@ -298,7 +299,7 @@ def score(truth, detections, actions, excluded=()):
             if action not in found:
                 continue
             ids = np.flatnonzero(rows[:, 4] == action)
-            ids = ids[np.argsort(rows[ids, 5])[::-1]]  # equal scores as in the official evaluator
+            ids = ids[np.argsort(rows[ids, 5])[::-1]]  # ties as in the official evaluator
             right = np.zeros(len(ids), dtype=bool)
             for i, row in enumerate(ids):
                 if best is not None and overlap[row, best[row]] >= 0.5 and best[row] not in matched:
@@ -310,7 +311,7 @@ def score(truth, detections, actions, excluded=()):
     for action, name in actions.items():
         scores, right = (np.concatenate(part) for part in zip(*found[action] or [((), ())]))
         per_class[name] = average_precision(scores, right, (true_actions == action).sum())
-        text = "not there" if per_class[name] is None else f"{per_class[name]:9.6f}"
+        text = "no labels" if per_class[name] is None else f"{per_class[name]:9.6f}"
         print(f"{text}  {name}")
     values = [ap for ap in per_class.values() if ap is not None]
     if not values:
@@ -320,7 +321,7 @@ def score(truth, detections, actions, excluded=()):
 
 
 def average_precision(scores, right, positives):
-    """Area under monotonous precision over recall (PASCAL VOC 2010); None without positives."""
+    """Area under monotonic precision over recall (PASCAL VOC 2010); None without positives."""
     if positives == 0:
         return None
     found = right[np.argsort(scores)[::-1]].cumsum()
@@ -343,7 +344,7 @@ def draw(keyframes, scores, args, out):
         picture = draw_bounding_boxes(picture, boxes, labels, colors="yellow", width=2)
         path = out / "{}_{:g}.png".format(*keyframes.keys[index])
         write_png(picture, str(path))
-        print(f"{path}: the detector's boxes, with predicted actions")
+        print(f"{path}: boxes with predicted actions")
 
 
 def caption(scores, actions, most=3, least=0.2):
@@ -355,7 +356,8 @@ def caption(scores, actions, most=3, least=0.2):
 
 def predict(detector, args):
     """Print and draw what the people in --boxes do in a video, and write detections.csv."""
-    boxes, video = data.read_boxes(args.boxes), Path(args.predict).stem
+    boxes = data.read_boxes(args.boxes)
+    video = Path(args.predict).stem
     boxes = {key: rows for key, rows in boxes.items() if key[0] == video}
     if not boxes or not Path(args.predict).exists():
         raise InputError(f"{args.predict}: no such file, or no box of {video} in {args.boxes}")
@@ -390,10 +392,10 @@ def main():
         raise InputError("--predict needs --boxes CSV: rows of video,second,x1,y1,x2,y2 in 0..1")
     device = start_process(args)
     detector = load_for_use(Detector(**model_config(args)), args).to(device)
-    if args.action_list:
-        args.actions = data.read_action_list(args.action_list)
-    args.actions = args.actions or {i: f"action {i}" for i in range(1, AVA_CLASSES + 1)}
     if args.predict:
+        if args.action_list:
+            args.actions = data.read_action_list(args.action_list)
+        args.actions = args.actions or {i: f"action {i}" for i in range(1, AVA_CLASSES + 1)}
         return predict(detector, args)
     data.locate_data(args, "ava")
     args.actions = data.read_action_list(data.find_ava(args, "val")["action_list"])

@@ -6,7 +6,7 @@
     python finetune_cls.py --eval --init runs/finetune_cls_demo_vit_demo/checkpoint.pt
     python finetune_cls.py --predict a.mp4 --init runs/finetune_cls_demo_vit_demo/checkpoint.pt
 
-Without --init it trains from scratch. Then it tests: clips evenly over each video x 3 crops, their
+Without --init it trains from scratch. Then it tests: clips evenly over each video x 3 crops, with
 softmax averaged. Epochs are effective and batches count videos, as in pre-training. With the
 paper's ViT-L, pre-trained on Kinetics-400 for 800 epochs, this gives 84.4 % there (Table 11).
 """
@@ -77,7 +77,7 @@ KINETICS = dict(  # Table 5b: Kinetics fine-tuning. Keys are flags, comments the
     # Not in the table: crops and flips of the released code, and the views of Table 7.
     crop_scale=[0.08, 1.0],
     hflip=True,
-    views="7x3",
+    views="7x3",  # argparse parses defaults that are strings
 )
 SSV2 = dict(  # Table 6b: SSv2 fine-tuning
     optimizer="sgd",  # optimizer: SGD
@@ -93,7 +93,7 @@ SSV2 = dict(  # Table 6b: SSv2 fine-tuning
     drop_path=0.2,  # drop path
     dropout=0.5,  # dropout
     layer_decay={"vit_l": 0.75, "vit_h": 0.85},  # layer-wise decay
-    # Appendix A samples by segments; labels know left from right; views as in Table 9.
+    # Segments as in appendix A; labels tell left from right; views as in Table 9.
     segments=True,
     repeat_aug=1,
     crop_scale=[0.08, 1.0],
@@ -137,15 +137,16 @@ def recipe_of(args):
 
 
 def views(text):
-    """Clips x crops of a test, such as 7x3, from the command line."""
+    """An argparse type: clips x crops of a test, such as 7x3."""
     clips, crops = (positive_int(number) for number in text.split("x"))
     return clips, crops
 
 
 def parse_args(argv=None):
-    parser, switch = make_parser(__doc__, data.LAYOUTS), argparse.BooleanOptionalAction
+    parser = make_parser(__doc__, data.LAYOUTS)
+    switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("fine-tuning").add_argument
-    add("--recipe", choices=RECIPES, help="None: kinetics; ssv2 for it, demo for vit_demo")
+    add("--recipe", choices=RECIPES, help="None: by --dataset and --model")
     add("--num_classes", type=positive_int, help="None: the data set's")
     add("--repeat_aug", type=positive_int, help="clips per opened video")
     add(
@@ -155,24 +156,20 @@ def parse_args(argv=None):
         metavar=("MIN", "MAX"),
         help="relative area of a crop",
     )
-    parts = "one frame from each of equal parts, as on SSv2"
-    add("--segments", action=switch, default=False, help=parts)
+    add("--segments", action=switch, default=False, help="sample frames by segments, as on SSv2")
     add(
-        "--rand_augment", type=float, nargs=2, metavar=("M", "STD"), help="m of 10; 0 0 disables it"
+        "--rand_augment", type=float, nargs=2, metavar=("M", "STD"), help="M of 10; 0 0 disables it"
     )
-    erasing = "probability; 0.25 in the released code"
-    add("--random_erasing", type=fraction, default=0.0, help=erasing)
+    add("--random_erasing", type=fraction, default=0.0, help="probability; mae_st has 0.25")
     add("--mixup", type=float, help="alpha; a batch gets MixUp or CutMix; 0 disables it")
     add("--cutmix", type=float, help="alpha; 0 disables it")
     add("--label_smoothing", type=fraction, help="share of the target spread over all classes")
     add("--drop_path", type=fraction, help="stochastic depth rate of the last block")
     add("--dropout", type=fraction, help="before the head")
     add("--layer_decay", type=fraction, help="layer-wise lr decay; 0 trains the head only")
-    masking = "mask ratio at the start, annealed to 0 (Table 11)"
-    add("--mask_start", type=fraction, default=0.0, help=masking)
+    add("--mask_start", type=fraction, default=0.0, help="first mask ratio, of Table 11")
     add = parser.add_argument_group("test").add_argument
-    between = "effective epochs between one-view validations; 0: none"
-    add("--val_epochs", type=float, default=0, help=between)
+    add("--val_epochs", type=float, default=0, help="epochs between validations; 0: none")
     add("--views", type=views, help="clips x crops per video, such as 7x3")
     add("--eval", action="store_true", help="test the classifier in --init")
     add("--predict", nargs="+", metavar="VIDEO", help="print the most likely classes of videos")
@@ -198,10 +195,11 @@ def train(args):
     # ---------------------------------------------------------------- data
     data.locate_data(args, "kinetics")
     if Path(args.data).is_file():
-        raise InputError(f"{args.data}: one list; give the folder with train and val lists")
+        raise InputError(f"{args.data}: a single list; give the folder with train and val lists")
     classes = args.num_classes or CLASSES.get(args.dataset)
     videos = on_rank0(data.find_videos, args.data, "train", args.videos, classes)
-    args.num_classes, args.class_names = videos.num_classes, videos.class_names
+    args.num_classes = videos.num_classes
+    args.class_names = videos.class_names
     classes = args.class_names or args.num_classes
     held_out = on_rank0(data.find_videos, args.data, "val", args.videos, classes)
     steps, micro_steps = split_batch(args, len(videos), device, MICRO_BATCH)
@@ -244,7 +242,7 @@ def train(args):
             loss = torch.zeros((), device=device)
             for micro_step in range(micro_steps):
                 batch = next(batches)
-                # Mixing, dropout and drop path follow from the step; four numbers name a clip.
+                # Seeds mixing, dropout and drop path. Five numbers: clips are seeded by four.
                 torch.manual_seed(data.stateless_seed(args.seed, step, RANK, micro_step, 0))
                 video, target = mix_clips(normalize(batch["video"]), batch["label"], args)
                 # DDP exchanges gradients at the last micro-batch only.
@@ -261,10 +259,10 @@ def train(args):
             optimizer.zero_grad()
 
             run.record(loss, grad_norm)
-            validates = run.every(args.val_epochs)
-            if run.at_log_point() or validates:
+            validate = run.every(args.val_epochs)
+            if run.at_log_point() or validate:
                 run.log(lr=lr, mask_ratio=mask_ratio)  # raises if the loss is not finite
-            if validates and not run.stopping:
+            if validate and not run.stopping:
                 top1 = test(classifier, held_out, args, (1, 1))["top1"]
                 run.write(step=run.done, val_top1=top1)
                 classifier.train()
@@ -291,7 +289,7 @@ def mask_ratio_at(step, steps, start):
 
 
 def mix_clips(video, label, args):
-    """MixUp or CutMix of whole clips, one of them at random; also turns labels into targets.
+    """MixUp or CutMix of whole clips, chosen at random; also turns labels into soft targets.
 
     (B, 3, T, H, W) floats, (B,) -> mixed clips, (B, num_classes).
     """
@@ -344,8 +342,9 @@ def test(classifier, videos, args, views):
 def report(results, args):
     """Print the results of a test with --views, and write them to results.json."""
     results |= dict(views="{}x{}".format(*args.views), init=args.init)
-    top5 = ", top-5 {top5:.2f} %" if args.num_classes > 5 else ""
-    print_rank0(f"top-1 {{top1:.2f}} %{top5}, {{videos}} videos x {{views}}".format(**results))
+    top5 = f", top-5 {results['top5']:.2f} %" if args.num_classes > 5 else ""
+    count = f"{results['videos']} videos x {results['views']}"
+    print_rank0(f"top-1 {results['top1']:.2f} %{top5}, {count}")
     if RANK == 0:
         path = Path(args.output_dir, "results.json")
         path.parent.mkdir(parents=True, exist_ok=True)

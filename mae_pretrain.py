@@ -4,9 +4,9 @@
     torchrun --nproc_per_node 8 mae_pretrain.py                 ViT-L on data/kinetics400, Table 5a
     python mae_pretrain.py --visualize a.mp4 --init runs/mae_pretrain_demo_vit_demo/checkpoint.pt
 
-Epochs are effective, as in the paper: how often each video is sampled. A video that is opened gives
-4 clips, so 800 epochs read the list 200 times. Batches count videos: 512 of them are 2048 clips. In
-the paper, 800 epochs of ViT-L on Kinetics-400 give 84.4 % after fine-tuning (Table 11). They are
+Epochs are effective, as in the paper: how often each video is sampled. Each opened video gives 4
+clips, so 800 epochs read the list 200 times. Batches count videos: 512 of them are 2048 clips. In
+the paper, 800 epochs of ViT-L on Kinetics-400 give 84.4 % after fine-tuning (Table 11). That is
 192 million clips of 476 GFLOP, forward and backward: 8 hours on 8 GPUs of 400 TFLOP/s each.
 """
 
@@ -71,7 +71,7 @@ KINETICS = dict(  # Table 5a: Kinetics pre-training. Keys are flags, comments th
     batch_size=512,  # batch size
     clip_grad=0.02,  # gradient clipping
 )
-SSV2 = dict(hflip=False, segments=True)  # in place of these, as in fine-tuning: left is not right
+SSV2 = dict(hflip=False, segments=True)  # overrides, as in fine-tuning: left is not right
 DEMO = KINETICS | dict(  # vit_demo, minutes on two CPU cores: many small steps of different videos
     lr=2e-3,
     warmup_epochs=4,
@@ -82,7 +82,7 @@ DEMO = KINETICS | dict(  # vit_demo, minutes on two CPU cores: many small steps 
     img_size=32,
     precision="fp32",  # matrices this small are slower in bf16
     sine_positions=True,  # with random ones its loss sits on a plateau for most of these minutes
-    norm_pix_loss=False,  # in plain patches nearly all that counts is their mean
+    norm_pix_loss=False,  # else a plain patch loses its mean, nearly all it has
     decoder_embed_dim=64,
     decoder_depth=1,
 )
@@ -96,11 +96,12 @@ def recipe_of(args):
 
 
 def parse_args(argv=None):
-    parser, switch = make_parser(__doc__, data.LAYOUTS), argparse.BooleanOptionalAction
+    parser = make_parser(__doc__, data.LAYOUTS)
+    switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("pre-training").add_argument
     add("--mask_ratio", type=float, default=0.9, help="share of tokens to hide")
-    kinds = "agnostic = random, space-only = tube, time-only = frame, block-wise (Figure 4)"
-    add("--mask_type", choices=MASK_TYPES, default="agnostic", help=kinds)
+    help = "Figure 4: agnostic = random, space-only = tube, time-only = frame, block-wise"
+    add("--mask_type", choices=MASK_TYPES, default="agnostic", help=help)
     add("--repeat_aug", type=positive_int, help="clips per opened video")
     add(
         "--crop_scale",
@@ -109,15 +110,13 @@ def parse_args(argv=None):
         metavar=("MIN", "MAX"),
         help="relative area of a crop",
     )
-    parts = "one frame from each of equal parts, as on SSv2"
-    add("--segments", action=switch, default=False, help=parts)
+    add("--segments", action=switch, default=False, help="sample frames by segments, as on SSv2")
     add("--norm_pix_loss", action=switch, default=True, help="normalise target patches")
     add("--pred_t_dim", type=int, help="frames to predict; None: one per tubelet")
     add("--decoder_embed_dim", type=int, default=512, help="Table 12b: 128, 256 or 512")
     add("--decoder_depth", type=int, default=4, help="Table 12c: 1, 2, 4 or 8 blocks")
     add("--decoder_num_heads", type=int, help="None: 64 wide each")
-    drawn = "draw reconstructions by the model in --init"
-    add("--visualize", nargs="+", metavar="VIDEO", help=drawn)
+    add("--visualize", nargs="+", metavar="VIDEO", help="draw reconstructions of videos")
     return parse_twice(parser, "mae_pretrain", "kinetics400", recipe_of, argv)
 
 
@@ -202,7 +201,7 @@ def train(args):
         try:
             videos = find_videos(args.data, "val", args.videos)
         except InputError as error:
-            print(f"drawing training videos: {str(error).splitlines()[0]}")
+            print(f"drawing training videos instead: {str(error).splitlines()[0]}")
         paths = [videos.path(i * len(videos) // 4) for i in range(min(4, len(videos)))]
         visualize(mae, paths, run.out / "reconstructions", args, device)
         print(f"next: python finetune_cls.py --init {run.out}/checkpoint.pt")
@@ -229,14 +228,15 @@ def reconstruct(mae, clip, mask_ratio):
 
 
 def visualize(mae, paths, out, args, device):
-    """Draw the middle of each video in `out`: a PNG laid out as Figure 2, and an animation.
+    """Draw the middle of each video to `out`: a PNG laid out as Figure 2, and an animation.
 
     Rows, or columns of the animation: original, masked input, reconstruction. Returns how many
     videos are unreadable.
     """
     mae.eval()
     out.mkdir(parents=True, exist_ok=True)
-    views, failed = MultiViewDataset(VideoList("--visualize", ".", paths), args, (1, 1)), 0
+    views = MultiViewDataset(VideoList("--visualize", ".", paths), args, (1, 1))
+    failed = 0
     for i, path in enumerate(paths):
         sample = views[i]
         if "failure" in sample:

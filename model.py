@@ -3,15 +3,15 @@
 Read from top to bottom:
 
     tubelets and masking   a video becomes tokens of 2 x 16 x 16 pixels; 90 % are hidden (section 3)
-    encoder                a plain ViT that sees the visible tokens alone                (section 3)
+    encoder                a plain ViT that sees only the visible tokens                 (section 3)
     MAE                    encoder, small decoder, loss on the hidden tokens             (section 3)
     classifier             the same encoder on all tokens, averaged                     (appendix A)
     detector               the same encoder, a region head on each box         (appendix A, Table 8)
     weights                loading from any layout, parameter groups, schedule         (Tables 5, 6)
     training helpers       what the stages share: flags, processes, checkpoints, the log of a run
 
-Shapes: B clips of T frames with H x W pixels; (t, h, w) is the grid of tokens, N = t * h * w their
-number, V of them visible; D is the width of the encoder. Parameter names are those of the released
+Shapes: B clips of T frames with H x W pixels; (t, h, w) is the grid of N = t * h * w tokens, V of
+them visible; D is the width of the encoder. Parameter names are those of the released
 code, so its files load as they are.
 """
 
@@ -50,7 +50,7 @@ PIXEL_MEAN, PIXEL_STD = 0.45, 0.225  # of each channel, for pixels in 0..1
 
 
 class InputError(ValueError):
-    """The user's input cannot be used; the message says what was found and what to do."""
+    """Unusable input; the message says what was found and what to do."""
 
 
 # -------------------------------------------------------------------------- tubelets and masking
@@ -59,13 +59,16 @@ class InputError(ValueError):
 def patchify(video, patch_size, t_patch_size):
     """Cut a video into tubelets of u x p x p pixels: (B, 3, T, H, W) -> (B, N, u*p*p*3).
 
-    Tokens are ordered by time, row, column; the numbers of a token by frame, row, column, channel.
-    Frames, rows and columns that do not fill a whole tubelet are dropped, as a strided convolution
-    does.
+    Tokens are ordered by time, row, column; a token's values by frame, row, column, channel.
+    Frames, rows and columns that do not fill a whole tubelet are dropped, as in a strided
+    convolution.
     """
     B, C, T, H, W = video.shape
-    u, p = t_patch_size, patch_size
-    t, h, w = T // u, H // p, W // p
+    u = t_patch_size
+    p = patch_size
+    t = T // u
+    h = H // p
+    w = W // p
     video = video[:, :, : t * u, : h * p, : w * p].reshape(B, C, t, u, h, p, w, p)
     return video.permute(0, 2, 4, 6, 3, 5, 7, 1).reshape(B, t * h * w, u * p * p * C)
 
@@ -78,7 +81,7 @@ def unpatchify(tubelets, grid, patch_size):
 
 
 def normalize(pixels):
-    """uint8 pixels to normalised floats; floats are taken to be normalised already."""
+    """uint8 pixels to normalised floats; floats must be normalised already."""
     if pixels.dtype != torch.uint8:
         return pixels
     return (pixels.float() / 255 - PIXEL_MEAN) / PIXEL_STD
@@ -87,7 +90,7 @@ def normalize(pixels):
 def pick_rows(x, ids):
     """Each sample's rows with the given ids: (B, N, C), (B, K) -> (B, K, C).
 
-    One index_select over whole rows: gather would look up an index for every number in them.
+    index_select copies whole rows; gather would look up an index for every element.
     """
     B, N, C = x.shape
     rows = ids + N * torch.arange(B, device=ids.device)[:, None]
@@ -95,12 +98,12 @@ def pick_rows(x, ids):
 
 
 def random_mask(grid, mask_ratio):
-    """Agnostic: each token on its own, wherever it is in space and time."""
+    """Agnostic: each token independently of the others."""
     return torch.rand(math.prod(grid))
 
 
 def tube_mask(grid, mask_ratio):
-    """Space-only: tubes, the same places in every time step."""
+    """Space-only: tubes, the same patches in all time steps."""
     t, h, w = grid
     return torch.rand(h * w).repeat(t)
 
@@ -112,8 +115,8 @@ def frame_mask(grid, mask_ratio):
 
 
 def block_mask(grid, mask_ratio):
-    """Block-wise: boxes, each side from a quarter to a little over half of the grid's."""
-    boxes, level = 0, torch.zeros(grid)  # 0 where no box is, and lower in later boxes
+    """Block-wise: boxes whose sides are a quarter to just over half of the grid's."""
+    boxes, level = 0, torch.zeros(grid)  # 0 outside the boxes; later boxes are lower
     while (level == 0).sum() > num_visible(grid, mask_ratio):
         box = ()
         for n in grid:
@@ -122,11 +125,11 @@ def block_mask(grid, mask_ratio):
             box += (slice(start, start + size),)
         boxes += 1
         level[box] = level[box].clamp(min=100_000 - boxes)
-    return (torch.rand(grid) + level).flatten()  # what is too much stays visible in the last box
+    return (torch.rand(grid) + level).flatten()  # the excess stays visible in the last box
 
 
 # Figure 4. A mask function draws a number for each token, (N,), from torch's global generator: the
-# num_visible smallest stay.
+# num_visible smallest stay visible.
 MASK_TYPES = {
     "agnostic": random_mask,
     "space-only": tube_mask,
@@ -136,7 +139,7 @@ MASK_TYPES = {
 
 
 def num_visible(grid, mask_ratio, mask_type="agnostic"):
-    """How many of t * h * w tokens stay: int(N * (1 - ratio)), in whole tubes or time steps.
+    """How many tokens stay visible: int(N * (1 - ratio)), in whole tubes or time steps.
 
     Raises InputError if the ratio is outside [0, 1) or leaves no token.
     """
@@ -155,9 +158,9 @@ def num_visible(grid, mask_ratio, mask_type="agnostic"):
 
 
 class TubeletEmbed(nn.Module):
-    """Patch embedding of tubelets that are cut out already: (B, V, u*p*p*3) -> (B, V, D).
+    """Patch embedding of tubelets that are already cut out: (B, V, u*p*p*3) -> (B, V, D).
 
-    A strided convolution over the video would embed the hidden tokens, too. The weight keeps
+    A strided convolution over the video would also embed the hidden tokens. The weight keeps
     Conv3d's shape, which is what checkpoints hold.
     """
 
@@ -191,11 +194,12 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers, four times as wide in between."""
+    """Two linear layers with a hidden width of 4 * dim."""
 
     def __init__(self, dim):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x)))
@@ -204,7 +208,7 @@ class Mlp(nn.Module):
 class DropPath(nn.Module):
     """Stochastic depth: in training a sample skips the branch with probability `rate`.
 
-    The rate is a buffer because torch.compile would compile every block anew for a float.
+    The rate is a buffer because torch.compile would recompile every block for a float.
     """
 
     def __init__(self, rate):
@@ -219,12 +223,14 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block; drop_path None: without stochastic depth."""
+    """A pre-norm transformer block; drop_path=None: no stochastic depth."""
 
     def __init__(self, dim, num_heads, drop_path=None):
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attn, self.mlp = Attention(dim, num_heads), Mlp(dim)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.mlp = Mlp(dim)
         self.drop_path = nn.Identity() if drop_path is None else DropPath(drop_path)
 
     def forward(self, x, grid):
@@ -241,7 +247,7 @@ def resize_space(table, size, new_size):
 
 
 def resize_time(table, length):
-    """Resize positions along one direction, linear: (1, n, D) -> (1, length, D)."""
+    """Resize positions along one axis, linear: (1, n, D) -> (1, length, D)."""
     if table.shape[1] == length:
         return table
     return F.interpolate(table.float().mT, size=length, mode="linear").mT
@@ -249,9 +255,10 @@ def resize_time(table, length):
 
 def add_positions(cls, space, time, own_grid, grid):
     """Separable positions, class token first: (1, 1 + N, D); resized from the tables' own grid."""
-    space, time = resize_space(space, own_grid[1:], grid[1:]), resize_time(time, grid[0])
+    space = resize_space(space, own_grid[1:], grid[1:])
+    time = resize_time(time, grid[0])
     places = (time[0, :, None] + space[0]).flatten(0, 1)  # (N, D)
-    # cls[0], not cls: its gradient then has the strides that DDP wants.
+    # cls[0], not cls: its gradient then has the strides DDP expects.
     return torch.cat([cls[0], places])[None]
 
 
@@ -259,7 +266,7 @@ class VideoViT(nn.Module):
     """The encoder: a plain ViT with separable learned positions and a class token.
 
     drop_path: stochastic depth, rising linearly from 0 in the first block to this in the last.
-    grad_checkpointing: keep less for the backward pass and compute the blocks again.
+    grad_checkpointing: save memory by recomputing blocks in the backward pass.
     """
 
     def __init__(
@@ -275,10 +282,12 @@ class VideoViT(nn.Module):
         grad_checkpointing=False,
     ):
         super().__init__()
-        self.patch_size, self.t_patch_size, self.embed_dim = patch_size, t_patch_size, embed_dim
+        self.patch_size = patch_size
+        self.t_patch_size = t_patch_size
+        self.embed_dim = embed_dim
         self.grad_checkpointing = grad_checkpointing
-        t, h, w = num_frames // t_patch_size, img_size // patch_size, img_size // patch_size
-        self.grid = t, h, w
+        side = img_size // patch_size
+        t, h, w = self.grid = num_frames // t_patch_size, side, side
         if min(self.grid) == 0:
             raise InputError(
                 f"clips of {num_frames} x {img_size} x {img_size} are smaller than a tubelet of "
@@ -299,7 +308,7 @@ class VideoViT(nn.Module):
         self.head = nn.Linear(self.embed_dim, num_classes)
 
     def init_weights(self):
-        """Positions, tokens, the head trunc_normal(0.02), other layers Xavier-uniform, biases 0."""
+        """Positions, tokens, head: trunc_normal(0.02); other layers: Xavier-uniform, biases 0."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv3d)):
                 nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
@@ -309,19 +318,21 @@ class VideoViT(nn.Module):
                 nn.init.trunc_normal_(parameter, std=0.02)
 
     def patchify(self, video):
-        """The tubelets of a video (B, 3, T, H, W), (B, N, u*p*p*3), and their grid (t, h, w)."""
+        """Cut a video (B, 3, T, H, W): tubelets (B, N, u*p*p*3), and their grid (t, h, w)."""
         T, H, W = video.shape[2:]
         grid = T // self.t_patch_size, H // self.patch_size, W // self.patch_size
         return patchify(video, self.patch_size, self.t_patch_size), grid
 
     def forward_encoder(self, tubelets, grid, ids=None):
-        """Encode the given tubelets and see no others: (B, V, u*p*p*3) -> (B, 1 + V, D).
+        """Encode the given tubelets and no others: (B, V, u*p*p*3) -> (B, 1 + V, D).
 
-        The class token comes first. ids (B, V): their places in the grid, counted by time, row,
-        column; None: all N in order. Without the final norm, which MAE applies to each token and a
+        The class token comes first. ids (B, V): their positions in the grid, by time, row, column;
+        None: all N in order. The final norm is left to the caller: MAE applies it to each token, a
         classifier to their average.
         """
-        cls, space, time = self.pos_embed_class, self.pos_embed_spatial, self.pos_embed_temporal
+        cls = self.pos_embed_class
+        space = self.pos_embed_spatial
+        time = self.pos_embed_temporal
         positions = add_positions(cls, space, time, self.grid, grid)  # (1, 1 + N, D)
         places = positions[:, 1:] if ids is None else F.embedding(ids, positions[0, 1:])
         x = self.patch_embed(normalize(tubelets)) + places  # (B, V, D)
@@ -329,7 +340,7 @@ class VideoViT(nn.Module):
         return self.forward_blocks(self.blocks, torch.cat([cls_token, x], 1), grid)
 
     def forward_blocks(self, blocks, x, grid):
-        """Tokens through blocks: (B, 1 + V, D) -> (B, 1 + V, D)."""
+        """Run tokens through blocks: (B, 1 + V, D) -> (B, 1 + V, D)."""
         for block in blocks:
             if self.grad_checkpointing and self.training:
                 x = checkpoint(block, x, grid, use_reentrant=False)
@@ -338,23 +349,23 @@ class VideoViT(nn.Module):
         return x
 
     def freeze_encoder(self):
-        """Leave only the norm and the head to train: a linear probe."""
+        """Train only the norm and the head: a linear probe."""
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name.startswith(("norm.", "head.")))
         for block in self.blocks:
-            block.drop_path = nn.Identity()
+            block.drop_path = nn.Identity()  # features that do not change need no noise
 
 
 def sines(n, dim):
-    """(n, dim): sines and cosines of the places 0..n-1, at wavelengths from 4 to 4 * n places."""
+    """(n, dim): sines and cosines of positions 0..n-1, at wavelengths from 4 to 4 * n."""
     angle = torch.arange(n)[:, None] * torch.pi / 2 * n ** -torch.linspace(0, 1, dim // 2)
     return torch.cat([angle.sin(), angle.cos()], 1)
 
 
 def start_from_sines(model):
-    """Overwrite a model's positions in space and time by sines of their places.
+    """Initialise a model's positions in space and time with sines.
 
-    The loss of a small model sits on a plateau for minutes when they start at random.
+    From random ones, a small model's loss sits on a plateau for minutes.
     """
     t, h, w = model.grid
     for name, table in model.named_parameters():  # (1, h*w, D) or (1, t, D)
@@ -374,8 +385,8 @@ def start_from_sines(model):
 class MAE(VideoViT):
     """The masked autoencoder (section 3): encode visible tubelets, decode all, score the hidden.
 
-    pred_t_dim: frames to predict of a clip; num_frames // t_patch_size, the default, predicts a
-    slice of each tubelet, its first frame; num_frames predicts whole tubelets. norm_pix_loss:
+    pred_t_dim: frames to predict per clip; num_frames // t_patch_size, the default, predicts
+    the first frame of each tubelet, num_frames whole tubelets. norm_pix_loss:
     normalise each target patch by its own mean and deviation. Table 12 gives the decoder's width
     and depth; its heads are 64 wide.
     """
@@ -392,14 +403,16 @@ class MAE(VideoViT):
     ):
         super().__init__(**encoder)
         t, h, w = self.grid
-        frames, dim = t * self.t_patch_size, decoder_embed_dim
+        frames = t * self.t_patch_size
+        dim = decoder_embed_dim
         if pred_t_dim not in (None, t, frames):
             raise InputError(
                 f"pred_t_dim {pred_t_dim}: {t} predicts a slice of each tubelet, {frames} all of it"
             )
         if dim % decoder_num_heads:
-            raise InputError(f"{decoder_num_heads} decoder heads do not divide a width of {dim}")
-        self.norm_pix_loss, self.mask_type = norm_pix_loss, mask_type
+            raise InputError(f"decoder width {dim} is not divisible by {decoder_num_heads} heads")
+        self.norm_pix_loss = norm_pix_loss
+        self.mask_type = mask_type
         self.pred_frames = (pred_t_dim or t) // t  # frames predicted of each tubelet
         self.decoder_embed = nn.Linear(self.embed_dim, dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
@@ -416,13 +429,13 @@ class MAE(VideoViT):
     def forward_decoder(self, latent, order, grid):
         """Predict every token from the visible ones: (B, 1 + V, D) -> (B, N, pred_frames*p*p*3).
 
-        order (B, N): the ids of all tokens, the visible first, as in latent.
+        order (B, N): the ids of all tokens, visible ones first, as in latent.
         """
-        x = self.decoder_embed(latent[:, 1:])  # the encoder's class token ends here
+        x = self.decoder_embed(latent[:, 1:])  # drop the encoder's class token
         B, V, _ = x.shape
         mask_tokens = self.mask_token.to(x.dtype).repeat(B, order.shape[1] - V, 1)
         x = torch.cat([x, mask_tokens], 1)
-        x = pick_rows(x, order.argsort(1))  # argsort inverts the order: all in place, (B, N, C)
+        x = pick_rows(x, order.argsort(1))  # argsort inverts it: back in grid order, (B, N, C)
         x = torch.cat([self.decoder_cls_token[0].to(x.dtype).repeat(B, 1, 1), x], 1)
         x = x + add_positions(
             self.decoder_pos_embed_class,
@@ -435,8 +448,8 @@ class MAE(VideoViT):
         return self.decoder_pred(self.decoder_norm(x[:, 1:]))
 
     def patchify_target(self, tubelets):
-        """What to predict of tubelets: (B, K, u*p*p*3) -> (B, K, pred_frames*p*p*3)."""
-        target = normalize(tubelets[..., : self.decoder_pred.out_features])  # frames come first
+        """The prediction target: (B, K, u*p*p*3) -> (B, K, pred_frames*p*p*3)."""
+        target = normalize(tubelets[..., : self.decoder_pred.out_features])  # its first frames
         if self.norm_pix_loss:
             var, mean = torch.var_mean(target, dim=-1, keepdim=True)
             target = (target - mean) / (var + 1e-6).sqrt()
@@ -446,7 +459,7 @@ class MAE(VideoViT):
         """video (B, 3, T, H, W), uint8 or normalised floats -> loss, pred, mask.
 
         noise (B, N), from a mask function: the smallest stay visible; None: drawn here. The loss is
-        the mean squared error on hidden tokens alone. pred (B, N, pred_frames*p*p*3); mask (B, N)
+        the mean squared error on hidden tokens only. pred (B, N, pred_frames*p*p*3); mask (B, N)
         is 1 at hidden tokens.
         """
         tubelets, grid = self.patchify(video)  # (B, N, u*p*p*3)
@@ -481,7 +494,8 @@ class Classifier(VideoViT):
 
         mask_ratio hides tokens in training (Table 11): those with the smallest noise (B, N) stay.
         """
-        (tubelets, grid), visible = self.patchify(video), None
+        tubelets, grid = self.patchify(video)
+        visible = None
         if mask_ratio:
             noise = torch.rand(tubelets.shape[:2], device=video.device) if noise is None else noise
             order = noise.argsort(dim=1, stable=True)
@@ -497,8 +511,8 @@ class Classifier(VideoViT):
 class RelPosAttention(Attention):
     """Attention with decomposed relative positions, for Table 8 (MViTv2, arXiv:2112.01526).
 
-    q . (R_t + R_h + R_w) is added to the logits of q and k; R depends on how far the two are apart
-    in time, rows and columns, and is shared by the heads. The class token has none.
+    q . (R_t + R_h + R_w) is added to the logit of q and k; R depends on their distance in time,
+    rows and columns, and is shared by the heads. The class token has none.
     """
 
     def __init__(self, dim, num_heads, grid):
@@ -509,20 +523,20 @@ class RelPosAttention(Attention):
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * w - 1, dim // num_heads))
 
     def forward(self, x, grid):
-        """Lengthen q by its products with R, and k by ones and zeros that say where each key is.
+        """Append q's products with R to q, and one-hot positions of the keys to k.
 
-        Their dot product then sums all logits: no N x N bias is held, and a flash kernel may run.
-        It wants q, k and v equally wide, and a multiple of 8: zeros fill up.
+        Their dot product is then the whole logit: no N x N bias is stored, and flash kernels work.
+        These need q, k and v equally wide, a multiple of 8: hence the zero padding.
         """
         q, k, v = self.project(x)  # (B, heads, 1 + N, C) with C = D / heads
         C, (t, h, w) = v.shape[-1], grid
         place = torch.arange(t * h * w, device=x.device)
         places = zip((place // (h * w), place // w % h, place % w), grid)
-        # Comparisons, not one_hot, which torch.compile would compile anew for each size of a frame.
+        # Comparisons, not one_hot, which torch.compile would recompile for each frame size.
         ones = [at[:, None] == torch.arange(n, device=x.device) for at, n in places]
         ones = torch.cat(ones, -1).to(k.dtype).expand(*k.shape[:2], -1, -1)  # as products below
         products = self.relative_logits(q[:, :, 1:], grid)  # (B, heads, N, t + h + w)
-        # Not -n % 8: compiled for sizes that vary, torch 2.6 gives wrong numbers for it on a CPU.
+        # Not -n % 8, which torch 2.6 miscompiles for dynamic sizes on a CPU.
         fill = 7 - (C + t + h + w - 1) % 8
         q = torch.cat([q * C**-0.5, F.pad(products, (0, fill, 1, 0))], -1)
         k = torch.cat([k, F.pad(ones, (0, fill, 1, 0))], -1)
@@ -542,11 +556,11 @@ class RelPosAttention(Attention):
 
 
 class Detector(VideoViT):
-    """The encoder fine-tuned to say what each person does (appendix A, AVA).
+    """The encoder fine-tuned to tell what each person does (appendix A, AVA).
 
     Average the tokens over time, RoIAlign 7 x 7 on a person's box, maximum over space, dropout,
-    linear, as SlowFast and MViTv2 adapt Faster R-CNN. Each class has a sigmoid of its own, for a
-    person does several things at once. rel_pos: relative positions in every block (Table 8).
+    linear, as SlowFast and MViTv2 adapt Faster R-CNN. Each class has its own sigmoid, since a
+    person may do several things at once. rel_pos: relative positions in every block (Table 8).
     """
 
     def __init__(self, num_classes=80, dropout=0.0, rel_pos=False, **encoder):
@@ -559,16 +573,12 @@ class Detector(VideoViT):
     def forward(self, video, boxes):
         """video (B, 3, T, H, W), uint8 or normalised floats, and boxes -> logits (K, num_classes).
 
-        boxes: x1, y1, x2, y2 in pixels of the clip, a list of B tensors (K_i, 4); they may reach
-        beyond the clip. Any H and W: positions are resized.
+        boxes: x1, y1, x2, y2 in pixels of the clip, a list of B tensors (K_i, 4); they may extend
+        beyond it. Any H and W: positions are resized.
         """
         tubelets, grid = self.patchify(video)
         x = self.norm(self.forward_encoder(tubelets, grid)[:, 1:])  # (B, N, D)
         features = x.unflatten(1, grid).mean(1).permute(0, 3, 1, 2)  # (B, D, h, w)
-        return self.classify(features, boxes)
-
-    def classify(self, features, boxes):
-        """The region head: features (B, D, h, w) and boxes, as in forward -> (K, num_classes)."""
         scale = 1 / self.patch_size
         regions = roi_align(features, boxes, output_size=7, spatial_scale=scale, aligned=True)
         return self.head(self.dropout(regions.amax((2, 3))))  # (K, D, 7, 7) -> (K, D)
@@ -580,20 +590,20 @@ CHECKPOINTS = "checkpoint.pt", "checkpoint_previous.pt"  # a run keeps two: one 
 
 
 def read_checkpoint(path, check=True):
-    """Read a checkpoint, or the last one of a run's folder, to the CPU; no code in it can run.
+    """Read a checkpoint, or the latest in a run's folder, to the CPU; no code in it can run.
 
-    check: compare the checksums in the file first, which reads all of it. Raises InputError if the
-    file is missing, damaged or no checkpoint.
+    check: verify the file's checksums first, which reads all of it. Raises InputError if the file
+    is missing, damaged or not a checkpoint.
     """
     path = Path(path) / CHECKPOINTS[0] if Path(path).is_dir() else Path(path)
     try:
         zipped = zipfile.is_zipfile(path)
         if check and zipped and (damaged := zipfile.ZipFile(path).testzip()):
-            raise ValueError(f"{damaged} in it is damaged")
+            raise ValueError(f"its {damaged} is damaged")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
-    except Exception as error:  # whatever the damage happens to hit: zip, pickle, key, end of file
+    except Exception as error:  # damage may hit anything: zip, pickle, key, end of file
         reason = str(error).split("\n")[0]
         if reason.startswith("Weights only load failed"):
             reason = (
@@ -603,13 +613,14 @@ def read_checkpoint(path, check=True):
 
 
 def to_official_names(state, grid, t_patch_size):
-    """A state dict in any layout of the field, with the names and shapes of this file's models.
+    """Convert a state dict in any common layout to the names and shapes used in this file.
 
-    Known: prefixes of DDP and torch.compile; fused qkv (PySlowFast, image MAE, timm); a 2D patch
+    Handles prefixes of DDP and torch.compile; fused qkv (PySlowFast, image MAE, timm); a 2D patch
     kernel, repeated over time and divided by its length; a joint table of positions, split into
     class, space and time (Table 3: time is 0 for images); fc_norm; PySlowFast's head.projection.
     """
-    out, of_images = {}, any(k.endswith("proj.weight") and v.ndim == 4 for k, v in state.items())
+    out = {}
+    of_images = any(k.endswith("proj.weight") and v.ndim == 4 for k, v in state.items())
     for key, value in state.items():
         key = re.sub(r"^((module|_orig_mod)\.)+", "", key)
         key = re.sub("^fc_norm", "norm", key)
@@ -619,9 +630,10 @@ def to_official_names(state, grid, t_patch_size):
         elif key == "patch_embed.proj.weight" and value.ndim == 4:
             out[key] = value[:, :, None].repeat(1, 1, t_patch_size, 1, 1) / t_patch_size
         elif key in ("pos_embed", "decoder_pos_embed"):
-            table, t = value[:, 1:], 1
+            table = value[:, 1:]
+            t = 1
             if not of_images:
-                # The number of time steps leaves a square: 8, the model's, or the likeliest.
+                # N / t is a square: prefer t = 8, then the model's, then the closest side.
                 sides = {table.shape[1] / n**2: n for n in range(1, 100)}
                 whole = [t for t in sides if t == int(t)]
                 t = int(min(whole, key=lambda t: (t != 8, t != grid[0], abs(sides[t] - grid[1]))))
@@ -634,10 +646,10 @@ def to_official_names(state, grid, t_patch_size):
 
 
 def load_pretrained(model, path):
-    """Load weights from any layout in to_official_names into a model, and print what came of them.
+    """Load weights in any layout that to_official_names handles, and print what was loaded.
 
     Positions are resized. Tensors outside the plain encoder (decoder, head, relative positions) may
-    be missing or have another shape: those of the model stay. Raises InputError if others do.
+    be missing or have another shape: the model keeps its own. Raises InputError if others are.
     Returns the names as {"loaded": [...], "left out": [...], "new": [...]}.
     """
     state = read_checkpoint(path)
@@ -646,7 +658,8 @@ def load_pretrained(model, path):
     state = {key: value for key, value in state.items() if torch.is_tensor(value)}
     if not state:
         raise InputError(f"{path}: holds no weights; expected a state dict, or one under 'model'")
-    own, state = model.state_dict(), to_official_names(state, model.grid, model.t_patch_size)
+    own = model.state_dict()
+    state = to_official_names(state, model.grid, model.t_patch_size)
     for key in own.keys() & state.keys():
         value = state[key]
         if key.endswith("pos_embed_spatial"):
@@ -659,12 +672,13 @@ def load_pretrained(model, path):
     loaded = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
     new = [key for key in own if key not in loaded]
     optional = re.compile(r"head|decoder|mask_token|blocks\.\d+\.attn\.rel_pos").match
-    for key in filter(lambda key: not optional(key), new):
-        found = list(state[key].shape) if key in state else "missing"
-        raise InputError(
-            f"{path}: does not fit this model: {key} is {found}, not {list(own[key].shape)}; is "
-            "--model the size of the checkpoint?"
-        )
+    for key in new:
+        if not optional(key):
+            found = list(state[key].shape) if key in state else "missing"
+            raise InputError(
+                f"{path}: does not fit this model: {key} is {found}, not {list(own[key].shape)}; "
+                "is --model the size of the checkpoint?"
+            )
     model.load_state_dict(loaded, strict=False)
     left_out = [key for key in state if key not in loaded]
     report = {"loaded": list(loaded), "left out": left_out, "new": new}
@@ -675,19 +689,20 @@ def load_pretrained(model, path):
 
 
 def start_from(model, path):
-    """Load weights to train on; a new head starts near 0, so that first steps keep the encoder."""
+    """Load weights to train from; a new head starts near 0, so first steps spare the encoder."""
     if "head.weight" in load_pretrained(model, path)["new"]:
         nn.init.trunc_normal_(model.head.weight, std=2e-5)
 
 
 def parameter_groups(model, weight_decay, layer_decay=1.0, decay_positions=False):
-    """Parameters grouped by their settings, with names and lr_scale, for an optimizer (appendix A).
+    """Group parameters by their settings, with names and lr_scale, for an optimizer (appendix A).
 
     No weight decay on biases and norms, and on tokens and positions only if asked for. Layer-wise
     decay: layer 0 is patch embedding, class token and positions, block i is layer i + 1, and layer
-    l learns at layer_decay ** (depth + 1 - l) of the rate; norm, head and decoder at all of it.
+    l gets layer_decay ** (depth + 1 - l) of the rate; norm, head and decoder get all of it.
     """
-    depth, groups = len(model.blocks), {}
+    depth = len(model.blocks)
+    groups = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -698,7 +713,8 @@ def parameter_groups(model, weight_decay, layer_decay=1.0, decay_positions=False
             layer = int(name.split(".")[1]) + 1
         is_position = re.search("token|pos_embed|rel_pos", name)
         decays = parameter.ndim > 1 and (decay_positions or not is_position)
-        scale, decay = layer_decay ** (depth + 1 - layer), weight_decay if decays else 0.0
+        scale = layer_decay ** (depth + 1 - layer)
+        decay = weight_decay if decays else 0.0
         empty = dict(params=[], names=[], lr_scale=scale, weight_decay=decay)
         group = groups.setdefault((scale, decay), empty)
         group["params"].append(parameter)
@@ -707,7 +723,7 @@ def parameter_groups(model, weight_decay, layer_decay=1.0, decay_positions=False
 
 
 def make_optimizer(args, groups):
-    """AdamW, or SGD with the Nesterov momentum of 0.9 that PySlowFast has (the tables say SGD)."""
+    """AdamW, or SGD with Nesterov momentum 0.9, as in PySlowFast (the tables just say SGD)."""
     if args.optimizer == "sgd":
         return torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=True, fused=True)
     return torch.optim.AdamW(groups, args.lr, betas=tuple(args.betas), fused=True)
@@ -723,7 +739,7 @@ def cosine_decay(epoch, lr, warmup_epochs, epochs):
 # ------------------------------------------------------------------------------ training helpers
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
-TIMEOUT = timedelta(minutes=10)  # that a process waits for the others before it gives up
+TIMEOUT = timedelta(minutes=10)  # how long a process waits for the others
 STOPPED = 128 + signal.SIGTERM  # exit status of a run that was asked to stop
 RUN_FLAGS = {  # where and how fast to run: free to change on resume, not taken from a checkpoint
     "output_dir", "resume", "num_workers", "micro_batch", "max_failures", "log_interval",
@@ -732,11 +748,11 @@ RUN_FLAGS = {  # where and how fast to run: free to change on resume, not taken 
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the default of each flag, and the docstring as it is."""
+    """Shows each flag's default, and the docstring verbatim."""
 
 
 def bounded(kind, low, high=math.inf):
-    """A parser of numbers from low to high, on the command line."""
+    """An argparse type: a number from low to high."""
 
     def number(text):
         if not low <= kind(text) <= high:
@@ -751,7 +767,7 @@ natural, positive_int, fraction = bounded(int, 0), bounded(int, 1), bounded(floa
 
 
 def make_parser(doc, layouts):
-    """A parser with the flags that all stages share; parse_twice gives them a recipe's values."""
+    """A parser with the flags all stages share; parse_twice fills in a recipe's values."""
     parser = argparse.ArgumentParser(
         usage="python %(prog)s [flags]",
         description=doc,
@@ -762,7 +778,7 @@ def make_parser(doc, layouts):
     )
     switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("most used").add_argument
-    add("--dataset", help="its name; demo: small videos, made on the spot")
+    add("--dataset", help="data set; demo: small videos, made on the spot")
     add("--data", help="folder or list of videos (layouts below); None: data/DATASET")
     add("--model", choices=SIZES, help="encoder size")
     add("--init", metavar="CHECKPOINT", help="checkpoint to start from, to test or to predict with")
@@ -810,13 +826,14 @@ def make_parser(doc, layouts):
 
 
 def parse_twice(parser, stage, dataset, recipe_of, argv=None):
-    """Parse once to see what decides the defaults, then with them.
+    """Parse once to find the defaults, then again with them.
 
     recipe_of(args): the recipe for args.dataset and args.model, a dict keyed by flags. With --eval
     and the like, a checkpoint's own arguments are the defaults instead.
     """
     args, _ = parser.parse_known_args(argv)
-    use = next((use for use in ("eval", "predict", "visualize") if vars(args).get(use)), None)
+    modes = [mode for mode in ("eval", "predict", "visualize") if vars(args).get(mode)]
+    use = modes[0] if modes else None
     defaults = {}
     if use and args.init:
         saved = read_checkpoint(args.init, check=False)
@@ -824,7 +841,7 @@ def parse_twice(parser, stage, dataset, recipe_of, argv=None):
             defaults = saved["args"]
     if defaults.get("stage", stage) != stage:
         raise InputError(f"{args.init}: a checkpoint of {defaults['stage']}, not of {stage}")
-    if args.dataset and defaults:  # other data than it was trained on
+    if defaults and (args.dataset or args.data):  # not the data it was trained on
         del defaults["data"], defaults["videos"]
     if not defaults:
         args.dataset = args.dataset or (Path(args.data).stem if args.data else dataset)
@@ -865,17 +882,19 @@ def cores():
 
 
 def keep_freed_memory():
-    """Have glibc keep freed memory for the next tensor: the kernel would clear it each time."""
+    """Have glibc reuse freed memory: the kernel would zero it for each new tensor."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, MiB = -1, -3, 2**20
-        if any(libc.mallopt(M_MMAP_THRESHOLD, size * MiB) for size in (1024, 32)):  # old: up to 32
+        M_TRIM_THRESHOLD = -1
+        M_MMAP_THRESHOLD = -3
+        MiB = 2**20
+        if any(libc.mallopt(M_MMAP_THRESHOLD, size * MiB) for size in (1024, 32)):  # old glibc: 32
             libc.mallopt(M_TRIM_THRESHOLD, 1024 * MiB)
 
 
 def start_process(args):
     """Join the processes that torchrun started, or run alone; returns the device.
 
-    Fills in --precision and --compile by what the device has.
+    Fills in --precision and --compile to suit the device.
     """
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda":
@@ -894,7 +913,7 @@ def start_process(args):
         keep_freed_memory()
         has_bf16 = torch.cpu._is_avx512_bf16_supported()
         if args.model == "vit_demo" and "OMP_NUM_THREADS" not in os.environ:
-            # The other cores decode; threads without a core of their own slow a step 20-fold.
+            # The other cores decode; threads that share a core slow a step 20-fold.
             torch.set_num_threads(max(1, cores() // 2))
     args.precision = args.precision or ("bf16" if has_bf16 else "fp32")
     if args.compile is None:
@@ -916,7 +935,7 @@ def print_rank0(text):
 
 
 def gather(value):
-    """The values of all processes, as a list on each of them: they wait for one another here."""
+    """All processes' values, as a list on each of them; they wait for one another here."""
     if not dist.is_initialized():
         return [value]
     values = [None] * WORLD
@@ -925,7 +944,7 @@ def gather(value):
 
 
 def on_rank0(function, *args):
-    """Call a function on process 0 alone; all return its result, or raise the error it raised."""
+    """Call a function on process 0 alone; all return its result, or raise its error."""
     result = None
     if RANK == 0:
         try:
@@ -939,7 +958,7 @@ def on_rank0(function, *args):
 
 
 def split_batch(args, num_videos, device, largest):
-    """Split a global batch, and count the steps: (steps, micro-batches of a step).
+    """Split a global batch, and count the steps: (steps, micro-batches per step).
 
     Fills in --micro_batch. largest: {model: videos that a GPU has memory for}; a CPU takes one, but
     any number for vit_demo. Raises InputError with sizes that fit.
@@ -949,7 +968,7 @@ def split_batch(args, num_videos, device, largest):
         fits = max(1, min(args.batch_size, num_videos) // WORLD) * WORLD
         raise InputError(
             f"--batch_size {args.batch_size} must be a multiple of the {WORLD} processes and at "
-            f"most the {num_videos} that the list has; {fits} would do"
+            f"most the {num_videos} in the list; {fits} would do"
         )
     most = largest.get(args.model, share)
     if device.type == "cpu" and args.model in largest:
@@ -973,21 +992,20 @@ def compile_blocks(model):
 
 
 def count_flops(model_class, config, *inputs):
-    """FLOPs to train on a clip: three times those of a forward pass, counted on shapes alone."""
+    """Training FLOPs per clip: three times a forward pass, counted from shapes alone."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         model = model_class(**config)
-        T, side = config["num_frames"], config["img_size"]
+        T = config["num_frames"]
+        side = config["img_size"]
         model(torch.empty(1, 3, T, side, side), *inputs)
     return 3 * counter.get_total_flops()
 
 
 def print_plan(args, model, videos, steps, flops):
-    """Say what a run is and what looks wrong with it, and write its arguments to args.json."""
+    """Print what a run will do, and what looks wrong with it."""
     if RANK > 0:
         return
-    out, device = Path(args.output_dir), model.cls_token.device.type
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "args.json").write_text(json.dumps(vars(args), indent=1))
+    device = model.cls_token.device.type
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     print(f"{args.model}: {millions:.1f} M parameters, {args.precision} on {WORLD} x {device}")
     print(f"{videos.source}: {len(videos)} {videos.unit}, {args.epochs:g} effective epochs")
@@ -997,14 +1015,14 @@ def print_plan(args, model, videos, steps, flops):
         print("warning: so few steps teach little; try more --epochs or a smaller --batch_size")
     if rest := args.img_size % model.patch_size:
         print(f"warning: {rest} of {args.img_size} rows and columns fill no patch and are dropped")
-    if device == "cpu" and args.model != "vit_demo":
+    if flops and device == "cpu" and args.model != "vit_demo":
         gflop = flops * args.batch_size * args.repeat_aug / 1e9
         print(f"warning: a step is {gflop:,.0f} GFLOP, {gflop / 100:,.0f} s at 100 GFLOP/s")
 
 
 @contextlib.contextmanager
 def writing(path):
-    """Name the file if it cannot be written, as on a full disk."""
+    """Raise InputError with the file's name if a write fails."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -1014,7 +1032,7 @@ def writing(path):
 
 
 def save_checkpoint(folder, content):
-    """Write checkpoint.pt and keep the one before; a kill at any moment leaves a whole one."""
+    """Write checkpoint.pt and keep the previous one; a kill at any time leaves one intact."""
     path, previous = (Path(folder) / name for name in CHECKPOINTS)
     temporary = path.with_suffix(".tmp")
     with writing(path), open(temporary, "wb") as file:
@@ -1027,7 +1045,7 @@ def save_checkpoint(folder, content):
 
 
 def find_checkpoint(folder):
-    """The path of a run's last checkpoint that can be read, or None; says which are damaged."""
+    """The path of a run's latest readable checkpoint, or None; reports damaged ones."""
     paths = [path for name in CHECKPOINTS if (path := Path(folder) / name).exists()]
     for path in paths:
         try:
@@ -1042,19 +1060,20 @@ def find_checkpoint(folder):
 
 
 def resume(args, may_differ, model, optimizer, videos):
-    """Load the run in --output_dir, or else --init: the number of steps that are done.
+    """Load the run in --output_dir, or else --init; returns the number of steps done.
 
-    Raises InputError if it was run with other arguments than those that may_differ: it is not
-    overwritten unless --no-resume says so.
+    Raises InputError if arguments outside may_differ have changed: only --no-resume overwrites
+    a run.
     """
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun: go on
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun
     path = on_rank0(find_checkpoint, args.output_dir) if args.resume or restarted else None
     if path is None:
         if args.init:
             start_from(model, args.init)
         return 0
     run = read_checkpoint(path, check=False)
-    then, now = run["args"], vars(args)
+    then = run.get("args", {})
+    now = vars(args)
     names = sorted((then.keys() | now.keys()) - may_differ)
     differ = [
         f"--{n} was {then.get(n)}, is {now.get(n)}" for n in names if then.get(n) != now.get(n)
@@ -1075,37 +1094,49 @@ def resume(args, may_differ, model, optimizer, videos):
 def load_for_use(model, args):
     """Load the weights in --init to test or predict with. Raises InputError if one is missing."""
     if not args.init:
-        raise InputError(f"--init CHECKPOINT is needed: one of {args.stage}")
+        raise InputError(f"--init CHECKPOINT is needed, from {args.stage}")
     if new := load_pretrained(model, args.init)["new"]:
         raise InputError(f"{args.init}: has no {new[0]}; give a checkpoint of {args.stage}")
     return model
 
 
 def progress(items=None, total=None, text=None, done=0):
-    """A progress bar of 80 columns; a terminal shows its last state, a file keeps one in 30 s."""
+    """A progress bar; redrawn only every 30 s if stderr is a file, to keep that short."""
     seconds = 0.2 if sys.stderr.isatty() else 30
     return tqdm(items, text, total, initial=done, ncols=79, mininterval=seconds, disable=RANK > 0)
 
 
 class Run:
-    """What a run leaves in --output_dir, and how it ends; use it in a with statement.
+    """Logs, saves and ends a run; use it in a with statement.
 
     Processes meet at log points only. There they exchange losses, unreadable videos, and whether
-    one of them was asked to stop, by SIGTERM or Ctrl-C. Process 0 also saves at the end of the step
-    in which it is asked, for schedulers do not wait long; all leave together at the next log point.
+    any was asked to stop, by SIGTERM or Ctrl-C. If process 0 was asked, it saves after that very
+    step, since schedulers do not wait long; all leave together at the next log point.
     """
 
     def __init__(self, args, videos, batches, start, steps, flops=None):
-        """start, steps: where the run begins and ends. flops: to train on a clip, or None."""
-        self.args, self.videos, self.batches, self.flops = args, videos, batches, flops
-        self.done, self.steps, self.out = start, steps, Path(args.output_dir)
-        self.pending, self.failed, self.asked, self.stopping = [], set(), None, None
-        self.tick = self.saved = time.perf_counter()
+        """videos: VideoList or Keyframes. start, steps: where the run begins and ends. flops: to
+        train on a clip, or None.
+        """
+        self.args = args
+        self.videos = videos
+        self.batches = batches
+        self.flops = flops
+        self.done = start
+        self.steps = steps
+        self.out = Path(args.output_dir)
+        self.pending = []  # losses and gradient norms since the last log point
+        self.failed = set()  # names of unreadable videos
+        self.asked = None  # the signal that this process got
+        self.stopping = None  # the signal that any process got, known to all of them
+        self.logged_at = self.saved_at = time.perf_counter()
         starts = gather(start)
         if len(set(starts)) > 1:
             raise InputError(f"{self.out}: start at steps {starts}; do all share this folder?")
         if RANK == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
             drop_later(self.out, start)
+            (self.out / "args.json").write_text(json.dumps(vars(args), indent=1))
 
     def __enter__(self):
         signals = signal.SIGTERM, signal.SIGINT
@@ -1121,65 +1152,76 @@ class Run:
 
     def request_stop(self, number, _):
         """The signal handler: ask the run to save and stop; a second Ctrl-C ends it at once."""
-        self.asked, self.saved = signal.Signals(number).name, -math.inf
+        self.asked = signal.Signals(number).name
+        self.saved_at = -math.inf  # a checkpoint is due at once
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.write(2, f"{self.asked}: stopping soon; Ctrl-C again ends at once\n".encode())
 
     def epoch(self, step):
-        """The effective epoch after so many steps: how often each video has been sampled."""
+        """The effective epoch after `step` steps: how often each video was sampled."""
         return step * self.args.batch_size * self.args.repeat_aug / len(self.videos)
 
     def every(self, epochs):
-        """Whether so many effective epochs, or a multiple, ended with the last step; 0: never."""
+        """Whether the last step completed a multiple of `epochs` effective epochs; 0: never."""
         if not epochs:
             return False
         return self.epoch(self.done) // epochs > self.epoch(self.done - 1) // epochs
 
     def record(self, loss, grad_norm):
-        """Count a step. Its numbers stay on the device until the next log point."""
+        """Count a step. Its values stay on the device until the next log point."""
         self.pending.append(torch.stack([loss.detach(), grad_norm.detach()]))
         self.done += 1
         self.bar.update()
 
     def at_log_point(self):
-        """Whether the processes meet now; one that is alone also does when it is asked to stop."""
+        """Whether the processes meet now; a single process also logs when asked to stop."""
         due = self.done % self.args.log_interval == 0 or self.done == self.steps
         return due or (WORLD == 1 and self.asked)
 
     def log(self, **settings):
         """Write a line of log.jsonl with the mean loss since the last one; all processes together.
 
-        Raises FloatingPointError if a loss or gradient norm is not finite, InputError at too many
-        unreadable videos.
+        Raises FloatingPointError if a loss or gradient norm is not finite, InputError if too
+        many videos are unreadable.
         """
-        batches, pending = self.batches, torch.stack(self.pending).tolist()
+        batches = self.batches
+        pending = torch.stack(self.pending).tolist()
         reports = gather((pending, batches.waited, batches.failures, self.asked))
         values, waited, failures, asked = zip(*reports)
         for index, reason in itertools.chain(*failures):
             self.note_failure(index, reason)
         self.check_finite(values)
-        seconds, count = time.perf_counter() - self.tick, len(pending)
+        seconds = time.perf_counter() - self.logged_at
+        count = len(pending)
         speed = count * self.args.batch_size * self.args.repeat_aug / seconds
         loss = sum(loss for part in values for loss, _ in part) / (count * WORLD)
-        line = dict(step=self.done, epoch=self.epoch(self.done), loss=loss) | settings
-        line |= dict(grad_norm=pending[-1][1], clips_per_s=speed)
-        line |= dict(data_wait=sum(waited) / WORLD / seconds)
-        if self.flops:
-            line["tflops"] = self.flops * speed / 1e12
-        self.write(**line)
+        self.write(
+            step=self.done,
+            epoch=self.epoch(self.done),
+            loss=loss,
+            **settings,
+            grad_norm=pending[-1][1],
+            clips_per_s=speed,
+            data_wait=sum(waited) / WORLD / seconds,
+            tflops=self.flops and self.flops * speed / 1e12,
+        )
         self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} clips/s", refresh=False)
         self.stopping = next(filter(None, asked), None)
-        self.pending, batches.waited, batches.failures = [], 0.0, []
+        self.pending = []
+        batches.waited = 0.0
+        batches.failures = []
 
     def write(self, **line):
-        """Append a line to log.jsonl, by process 0."""
+        """Append a line to log.jsonl, and restart its clock: that of validation does not count."""
         if RANK == 0:
             append(self.out / "log.jsonl", json.dumps(line))
-        self.tick = time.perf_counter()
+        self.logged_at = time.perf_counter()
 
     def note_failure(self, index, reason):
-        """Name an unreadable video in failures.log; raise InputError at too many of them."""
-        log, count, limit = self.out / "failures.log", len(self.videos), self.args.max_failures
+        """Log an unreadable video in failures.log; raise InputError if there are too many."""
+        log = self.out / "failures.log"
+        count = len(self.videos)
+        limit = self.args.max_failures
         name = os.fsencode(self.videos.name(index)).decode(errors="backslashreplace")
         if RANK == 0 and name not in self.failed:
             tqdm.write(f"skipped {name}: {reason}")
@@ -1203,21 +1245,21 @@ class Run:
                 names = [self.videos.name(index) for _, index in keys[:10]]
                 raise FloatingPointError(
                     f"step {step}: loss {loss}, gradient norm {norm}. Lower --lr, or try "
-                    f"--precision fp32. Checkpoints in {self.out} are from before. "
+                    f"--precision fp32. Checkpoints in {self.out} are from earlier steps. "
                     f"The step's {self.videos.unit}:\n" + "\n".join(names)
                 )
 
     def save_due(self):
         """Whether process 0 saves now: by the clock, for --keep_epochs, at a stop, at the end."""
-        late = time.perf_counter() - self.saved > 60 * self.args.save_minutes
+        late = time.perf_counter() - self.saved_at > 60 * self.args.save_minutes
         ends = self.stopping or self.done == self.steps
         due = bool(late or ends or self.every(self.args.keep_epochs))
-        # Between log points nobody has looked whether what would be saved is sound.
+        # Between log points nobody has checked yet that the weights are finite.
         return RANK == 0 and due and (not self.pending or bool(self.pending[-1].isfinite().all()))
 
     def save(self, model, optimizer, config):
-        """Write a checkpoint, with all that a resumed run needs."""
-        self.saved = time.perf_counter()
+        """Write a checkpoint with all a resumed run needs."""
+        self.saved_at = time.perf_counter()
         content = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=self.done)
         content |= dict(args=vars(self.args), videos=self.videos.digest, config=config)
         save_checkpoint(self.out, content)
@@ -1226,8 +1268,8 @@ class Run:
             shutil.copyfile(self.out / CHECKPOINTS[0], kept)
 
     def was_stopped(self):
-        """Say how the run ended. Returns whether it was asked to stop."""
-        gather(None)  # a barrier: none leaves before the last checkpoint is there
+        """Print how the run ended; returns whether it was asked to stop."""
+        gather(None)  # a barrier: nobody leaves before the last checkpoint is written
         if self.failed:
             failed = f"{len(self.failed)} {self.videos.unit}"
             print_rank0(f"{failed} could not be read: see failures.log")
@@ -1247,8 +1289,8 @@ def append(path, line):
 
 
 def drop_later(folder, start):
-    """Drop what a run's folder has of steps after `start`: a killed run wrote on after it saved."""
-    if start == 0:  # a restart must not go on with the run that this one replaces
+    """Drop log lines after step `start`, which a killed run wrote after its last save."""
+    if start == 0:  # a restart must not resume the run that this one replaces
         for path in [*folder.glob("checkpoint*.pt"), *folder.glob("failures.log")]:
             path.replace(f"{path}.replaced")
     log = folder / "log.jsonl"
@@ -1258,7 +1300,7 @@ def drop_later(folder, start):
 
 
 def run_main(main):
-    """Run a stage's main function; an error that the user can mend is one line."""
+    """Run a stage's main function; an error the user can fix becomes one line."""
     message = status = None
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # names may be any bytes
     try:
@@ -1271,7 +1313,7 @@ def run_main(main):
         message = f"error: {str(error).splitlines()[0]}"
         if getattr(error, "filename", None):
             message = f"error: {error.filename}: {error.strerror}"
-        if isinstance(error, ConnectionError):  # on the way from a data worker
+        if isinstance(error, ConnectionError):  # while a data worker sent something
             message = f"error: DataLoader worker exited unexpectedly: {error}"
         if "DataLoader worker" in message:
             message += "; if it ran out of memory or shared memory, use fewer --num_workers"
