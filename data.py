@@ -499,7 +499,8 @@ def to_clip(frames, size, box=None, flip=False):
     ]
     pictures = {}
     graph = av.filter.Graph()
-    graph.threads = 1
+    with contextlib.suppress(AttributeError):  # PyAV before 17 cannot set it
+        graph.threads = 1  # the workers are the threads
     try:
         graph.link_nodes(*(graph.add(*step.split("=", 1)) for step in steps)).configure()
         for frame in frames:
