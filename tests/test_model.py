@@ -2,12 +2,7 @@
 
 import json
 import math
-import re
-import subprocess
-import sys
-import time
 import zlib
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +13,6 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 import finetune_cls
-import mae_pretrain
 import model as m
 from model import MAE, Classifier, Detector, load_pretrained, parameter_groups, patchify, unpatchify
 
@@ -95,8 +89,9 @@ def fuse_qkv(state):
     return state
 
 
-@pytest.mark.parametrize("layout", ["model", "model_state"])
-@pytest.mark.parametrize("name", ["mae_norm_pix", "mae_raw_pix"])
+@pytest.mark.parametrize(
+    "name, layout", [("mae_norm_pix", "model"), ("mae_raw_pix", "model_state")]
+)
 def test_mae_computes_what_the_released_code_computes(name, layout, tmp_path):
     case, mae, state, video = golden_case(name)
     torch.save({layout: state, "epoch": 3}, tmp_path / "released.pth")
@@ -119,7 +114,7 @@ def test_mae_computes_what_the_released_code_computes(name, layout, tmp_path):
         close(parameters[key].grad.norm(), norm)
 
 
-@pytest.mark.parametrize("prefix", [None, "", "module.", "_orig_mod.module."])
+@pytest.mark.parametrize("prefix", [None, "_orig_mod.module."])
 def test_classifier_computes_what_the_released_code_computes(prefix, tmp_path):
     case, classifier, state, video = golden_case("vit")
     if prefix is not None:  # names of PySlowFast, which fuses qkv
@@ -201,14 +196,9 @@ def test_hidden_pixels_never_reach_the_encoder(name):
     assert not torch.equal(latents[0], latents[2])
 
 
-@pytest.mark.parametrize("norm_pix_loss", [True, False])
-def test_visible_targets_never_reach_the_loss(norm_pix_loss):
-    mae = tiny(norm_pix_loss=norm_pix_loss)
-    video = clip(mae)
-    loss, pred, mask = mae(video, 0.75, torch.rand(2, 64))
-    # Written out from prediction and mask: hidden tokens alone count, each as much as any other.
-    target = mae.patchify_target(patchify(video, 8, 2))
-    assert_close(loss, (((pred - target) ** 2).mean(-1) * mask).sum() / mask.sum())
+def test_visible_targets_never_reach_the_loss():
+    mae = tiny()
+    loss, pred, mask = mae(clip(mae), 0.75, torch.rand(2, 64))
     pred.retain_grad()
     loss.backward()
     assert pred.grad[mask == 0].abs().max() == 0
@@ -269,13 +259,6 @@ def test_patchify_is_inverted_exactly_and_drops_the_remainder():
     assert torch.equal(tubelets[1, 7], one)
 
 
-def test_picking_rows_is_take_along_dim_forward_and_backward():
-    x, ids = torch.randn(3, 7, 5, requires_grad=True), torch.randint(7, (3, 9))
-    ours, expected = m.pick_rows(x, ids), x.take_along_dim(ids[..., None], 1)
-    assert torch.equal(ours, expected)
-    assert_close(*(torch.autograd.grad(rows.sin().sum(), x) for rows in (ours, expected)))
-
-
 def test_masked_fine_tuning_keeps_exact_counts_along_the_cosine_and_ends_unmasked():
     classifier, seen = Classifier(4, **ENCODER), []
     count = lambda block, args: seen.append(args[0].shape[1] - 1)  # noqa: E731
@@ -288,21 +271,7 @@ def test_masked_fine_tuning_keeps_exact_counts_along_the_cosine_and_ends_unmaske
     assert seen[0] == 16 and seen[-1] == 64
 
 
-@pytest.mark.long  # times: other programs disturb it
-def test_masking_makes_a_vit_b_step_faster():
-    """On a sixth of ViT-B's blocks. Whole annealed runs, in the paper: 1.2 and 1.3 times."""
-    classifier = Classifier(400, **m.SIZES["vit_b"] | {"depth": 2})
-    video, noise, seconds = torch.randn(1, 3, 16, 224, 224), torch.rand(1, 1568), []
-    for ratio in (0.75, 0.0, 0.5, 0.75):  # the first step of a process is slower
-        started = time.process_time()  # of this process alone
-        F.cross_entropy(classifier(video, ratio, noise), torch.tensor([3])).backward()
-        seconds.append(time.process_time() - started)
-    _, whole, half, quarter = seconds
-    print(f"{whole / half:.2f} times faster at ratio 0.5, {whole / quarter:.2f} at 0.75")
-    assert whole / half > 1.6 and whole / quarter > 2.5
-
-
-# ------------------------------------------------------------------------ encoder and optimizer
+# -------------------------------------------------------------------------------------- encoder
 
 
 def test_any_input_size_runs_with_positions_resized():
@@ -317,20 +286,6 @@ def test_any_input_size_runs_with_positions_resized():
     assert_close(slope, torch.full((19,), 0.5), atol=0.1, rtol=0)
     slope = m.resize_time(torch.arange(8.0).view(1, 8, 1), 16)[0, 2:-2, 0].diff()
     assert_close(slope, torch.full((11,), 0.5))
-
-
-def test_drop_path_rises_with_depth_keeps_the_mean_and_is_off_in_tests():
-    torch.manual_seed(0)
-    classifier = Classifier(4, drop_path=0.2, **ENCODER | {"depth": 5})
-    paths = [block.drop_path for block in classifier.blocks]
-    assert [path.rate.item() for path in paths] == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
-    dropped, video = paths[-1](torch.ones(20000, 2, 3)), clip(classifier)
-    assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.8])
-    assert (dropped == dropped[:, :1, :1]).all()  # whole samples
-    assert dropped.mean().item() == pytest.approx(1, abs=0.02)  # 5 standard deviations
-    assert not torch.equal(classifier(video), classifier(video))
-    classifier.eval()
-    assert torch.equal(classifier(video), classifier(video))
 
 
 @pytest.mark.parametrize("clips", [1, 2])
@@ -348,64 +303,14 @@ def test_gradients_are_those_of_checkpointed_blocks_and_lie_as_parameters_do(nam
 
 
 @pytest.mark.parametrize("name", ["Classifier", "Detector"])
-def test_a_linear_probe_moves_norm_and_head_alone(name):
+def test_a_linear_probe_trains_norm_and_head_alone_without_drop_path(name):
     model = THREE_MODELS[name](drop_path=0.5)
     model.freeze_encoder()
-    before = {key: p.detach().clone() for key, p in model.named_parameters()}
-    groups = parameter_groups(model, 0.05, layer_decay=0)
-    assert all(group["lr_scale"] == 1 for group in groups)
-    optimizer = m.make_optimizer(Namespace(optimizer="sgd", lr=0.1), groups)
-    loss_of(model, 0).backward()
-    optimizer.step()
-    moved = {key for key, p in model.named_parameters() if not torch.equal(p, before[key])}
-    assert moved == {"norm.weight", "norm.bias", "head.weight", "head.bias"}
-    assert {key for key, p in model.named_parameters() if p.grad is not None} == moved
-    assert torch.equal(loss_of(model, 0), loss_of(model, 0))  # in training, too: no drop path
-
-
-@pytest.mark.parametrize("stage, line, kind, settings", [
-    (mae_pretrain, "", torch.optim.AdamW, dict(betas=(0.9, 0.95))),
-    (finetune_cls, "", torch.optim.AdamW, dict(betas=(0.9, 0.999))),
-    (finetune_cls, "--recipe ssv2 --lr 1", torch.optim.SGD, dict(momentum=0.9, nesterov=True)),
-])  # fmt: skip
-def test_each_stage_has_its_optimizer_and_decays_positions_only_in_pre_training(
-    stage, line, kind, settings, tmp_path, monkeypatch
-):
-    def stop(args, groups):
-        raise StopIteration(m.make_optimizer(args, groups))
-
-    for path in ("train/waves/0.mp4", "val/waves/0.mp4"):
-        (tmp_path / path).parent.mkdir(parents=True)
-        (tmp_path / path).touch()
-    line = f"stage --data {tmp_path} --model vit_demo --batch_size 1 {line}"
-    monkeypatch.setattr(sys, "argv", line.split())
-    monkeypatch.setattr(stage, "make_optimizer", stop)
-    with pytest.raises(StopIteration) as caught:
-        stage.main()
-    names = {True: set(), False: set()}
-    for group in caught.value.value.param_groups:
-        names[group["weight_decay"] > 0].update(group["names"])
-        assert settings.items() <= group.items()
-    assert type(caught.value.value) is kind
-    bare = {name for name in names[False] if re.search(r"norm\d?\.|\.bias$", name)}
-    learned = {name for part in names.values() for name in part if re.search("pos_|token", name)}
-    assert len(learned) == (9 if stage is mae_pretrain else 4)
-    assert names[False] == (bare if stage is mae_pretrain else bare | learned)
-    assert all(name in learned or name.endswith(".weight") for name in names[True])
-
-
-def test_the_optimizer_changes_no_loss_before_its_first_step():
-    losses = []
-    for name in ("adamw", "sgd"):
-        mae, args = tiny(), Namespace(optimizer=name, lr=1e-3, betas=[0.9, 0.95])
-        optimizer = m.make_optimizer(args, parameter_groups(mae, 0.05, decay_positions=True))
-        for _ in range(2):
-            torch.manual_seed(1)
-            losses.append(loss_of(mae))
-            losses[-1].backward()
-            optimizer.step()
-    assert losses[0] == losses[2] and losses[1] < losses[0] and losses[3] < losses[2]
-    assert losses[1] != losses[3]
+    loss = loss_of(model, 0)
+    loss.backward()
+    trained = {key for key, p in model.named_parameters() if p.grad is not None}
+    assert trained == {"norm.weight", "norm.bias", "head.weight", "head.bias"}
+    assert torch.equal(loss, loss_of(model, 0))
 
 
 # -------------------------------------------------------------------------------------- weights
@@ -518,7 +423,14 @@ def attend_with_bias(attention, x, grid):
 
 
 @pytest.mark.parametrize("grid", [(4, 3, 3), (4, 3, 5), (2, 6, 4)])  # the model's own, and others
-def test_extended_q_and_k_equal_the_bias_matrix(grid):
+def test_extended_q_and_k_equal_the_bias_matrix_but_need_none(grid, monkeypatch):
+    masks, attend = [], F.scaled_dot_product_attention
+
+    def note(q, k, v, attn_mask=None, **settings):
+        masks.append(attn_mask)
+        return attend(q, k, v, attn_mask, **settings)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", note)
     torch.manual_seed(0)
     attention, results = m.RelPosAttention(24, 3, (4, 3, 3)).double(), []
     for name in "thw":
@@ -528,6 +440,7 @@ def test_extended_q_and_k_equal_the_bias_matrix(grid):
         gradients = torch.autograd.grad(output.sin().sum(), [x, *attention.parameters()])
         results.append([output.detach(), *gradients])
     assert_close(*results, atol=1e-5, rtol=1e-5)  # fp32 when resizing
+    assert masks[0] is None  # no N x N matrix: flash kernels take it
 
 
 def test_relative_positions_load_and_resize_do_not_decay_and_change_nothing_at_the_start(tmp_path):
@@ -544,26 +457,6 @@ def test_relative_positions_load_and_resize_do_not_decay_and_change_nothing_at_t
     assert not load_pretrained(large, tmp_path / "small.pt")["new"]
     expected = F.interpolate(table.T[None], size=11, mode="linear")[0].T
     assert_close(large.blocks[0].attn.rel_pos_h, expected)
-
-
-MEMORY = """
-import re, torch, model
-status = "/proc/self/status"  # ru_maxrss is the parent's, too
-peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", open(status).read())[1])
-attention = model.RelPosAttention(768, 12, (8, 14, 14))
-x, before = torch.randn(1, 1569, 768, requires_grad=True), peak()
-attention(x, (8, 14, 14)).sum().backward()
-print((peak() - before) / 1024)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_relative_positions_never_hold_a_matrix_of_all_pairs():
-    command = [sys.executable, "-c", MEMORY]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    matrix = 12 * 1569**2 * 4 / 2**20  # MiB; to hold it as a bias takes more than three of them
-    assert float(done.stdout) < 1.5 * matrix, done.stdout
 
 
 def test_the_region_head_takes_the_highest_of_7_x_7_bins_of_normed_features_averaged_over_time():

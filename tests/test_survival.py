@@ -12,6 +12,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -60,15 +61,13 @@ def assert_same_bits(one, other):
 # ------------------------------------------------------------------------------ kills and signals
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=long) for seed in (1, 2, 3))])
 @pytest.mark.parametrize("stage", ["mae_pretrain", *OTHERS])
-def test_a_killed_run_goes_on_in_the_same_bits(stage, seed, videos, whole, tmp_path):
+def test_a_killed_run_goes_on_in_the_same_bits(stage, videos, whole, tmp_path):
     """kill -9 at a random moment after the first checkpoint; the same command again."""
-    rng, workers = random.Random(seed), f"--num_workers {0 if seed % 2 else 2}"
-    line = line_of(stage, videos, tmp_path, workers, "--save_minutes 0.001")  # every step or two
-    job, lines = start(stage, line, harm=SLOW[stage]), rng.randint(2, 9)
+    line = line_of(stage, videos, tmp_path, "--num_workers 2 --save_minutes 0.001")
+    job, lines = start(stage, line, harm=SLOW[stage]), random.randint(2, 6)
     job.wait_for(lambda: len_log(tmp_path) >= lines and (tmp_path / "checkpoint.pt").exists())
-    time.sleep(rng.uniform(0, 0.2))
+    time.sleep(random.uniform(0, 0.2))
     os.killpg(job.pid, signal.SIGKILL)
     job.finish()
     assert 0 < m.read_checkpoint(m.find_checkpoint(tmp_path))["step"] < 12
@@ -117,30 +116,19 @@ def test_torchrun_brings_back_a_group_that_lost_a_process(stage, videos, whole, 
     assert_same_bits(tmp_path, whole(stage, processes=2))
 
 
-SIGTERM, SIGINT = signal.SIGTERM, signal.SIGINT
-USERS = [(SIGTERM, "python", 1), (SIGINT, "python", 1), (SIGTERM, "torchrun", 2)]
-USERS = [pytest.param(*case, marks=long) for case in USERS]
-
-
-@pytest.mark.parametrize("number, launcher, processes", [(SIGTERM, "fork", 1), *USERS])
-def test_sigterm_or_ctrl_c_saves_and_leaves(number, launcher, processes, videos, whole, tmp_path):
-    interval = 100 if processes == 1 else 4  # where a group leaves; a process alone needs none
-    line = line_of("mae_pretrain", videos, tmp_path, f"--num_workers 1 --log_interval {interval}")
-    job = start("mae_pretrain", line, processes, SLOW["mae_pretrain"], launcher)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_sigterm_or_ctrl_c_saves_and_leaves(number, videos, tmp_path):
+    line = line_of("mae_pretrain", videos, tmp_path, "--num_workers 1 --log_interval 100")
+    job = start("mae_pretrain", line, harm=SLOW["mae_pretrain"])
     job.wait_for(lambda: "0/12" in job.printed)
     time.sleep(1)
-    os.killpg(job.pid, number)  # as a scheduler does: launcher, processes and workers alike
+    os.killpg(job.pid, number)  # as a scheduler does: the process and its workers alike
     code, text = job.finish(25)
-    assert code == 143 or processes > 1
-    assert f"asked to stop ({number.name}): saved after step" in text
-    assert "the same command goes on from there" in text
-    assert "Traceback" not in text or processes > 1  # torchrun reports the signal in its own way
+    assert code == 143 and "Traceback" not in text, text
     step = m.read_checkpoint(tmp_path)["step"]
-    assert 0 < step < 12 and f"after step {step} of 12" in text
-    code, text = start("mae_pretrain", line, processes).finish()
-    assert code == 0 and f"going on after step {step}" in text
-    theirs = outcome(whole("mae_pretrain", processes=processes))[0]
-    torch.testing.assert_close(outcome(tmp_path)[0], theirs, rtol=0, atol=0)
+    assert 0 < step < 12
+    assert f"asked to stop ({number.name}): saved after step {step} of 12" in text
+    assert "the same command goes on from there" in text
 
 
 def test_ctrl_c_twice_ends_at_once(videos, tmp_path):
@@ -203,28 +191,20 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(damage, tmp_path
 
 FULL = """
 import resource
-def full(*args, {0}={1}.{0}, calls=[], **settings):
+def full(*args, save=m.save_checkpoint, calls=[]):
     calls.append(1)
     if len(calls) == 3:  # the system lets no file grow any more, as when a disk is full
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-        {2}
-    return {0}(*args, **settings)
-{1}.{0} = full
+    save(*args)
+m.save_checkpoint = full
 """
 
 
-@pytest.mark.parametrize(
-    "name, harm",
-    [
-        ("checkpoint.pt", FULL.format("save_checkpoint", "m", "")),
-        ("log.jsonl", FULL.format("log", "m.Run", "(args[0].out / 'log.jsonl').write_bytes(bytes(100_000))")),
-    ],
-)  # fmt: skip
-def test_a_full_disk_stops_the_run_with_one_line_that_names_the_file(name, harm, videos, tmp_path):
+def test_a_full_disk_stops_the_run_with_one_line_that_names_the_file(videos, tmp_path):
     line = line_of("mae_pretrain", videos, tmp_path, "--save_minutes 0")
-    code, text = start("mae_pretrain", line, harm=harm).finish()
+    code, text = start("mae_pretrain", line, harm=FULL).finish()
     assert code == 1 and "Traceback" not in text, text
-    error = rf"error: {tmp_path}/{name}: cannot be written: .*File too large\n"
+    error = rf"error: {tmp_path}/checkpoint.pt: cannot be written: .*File too large\n"
     assert re.search(error, text), text
     assert m.read_checkpoint(m.find_checkpoint(tmp_path))["step"] == 2  # the last good one
 
@@ -234,8 +214,7 @@ class Payload:
         return os.system, ("touch RAN",)
 
 
-@pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("use", ["--init", "resume", "--visualize x.mp4 --init"])
+@pytest.mark.parametrize("use, zipped", [("--init", False), ("--init", True), ("resume", True)])
 def test_code_in_a_checkpoint_does_not_run(use, zipped, videos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "run" / "checkpoint.pt"
@@ -258,32 +237,22 @@ def other_run(whole, tmp_path):
     return tmp_path / "run"
 
 
-def test_no_resume_keeps_the_replaced_checkpoint_and_leaves_it(other_run, videos, monkeypatch):
+def test_no_resume_keeps_the_replaced_checkpoint_and_a_restart_does_not_replace_it_again(
+    other_run, videos, monkeypatch, capsys
+):
     old = (other_run / "checkpoint.pt").read_bytes()
     line = line_of("mae_pretrain", videos, other_run, "--no-resume --seed 1")
-
-    def killed(*_):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(m.Run, "record", killed)
+        patch.setattr(m.Run, "record", Mock(side_effect=KeyboardInterrupt))
         assert "interrupted" in run_stage("mae_pretrain", line)
     assert not list(other_run.glob("*.pt"))
     assert (other_run / "checkpoint.pt.replaced").read_bytes() == old
-    # torchrun starts the group again, before the new run's first checkpoint: from the beginning
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    saved = []
-    monkeypatch.setattr(m.Run, "save", lambda run, *_, **__: saved.append(run.done))
-    assert run_stage("mae_pretrain", line) == "" and len_log(other_run) == 12 and saved == [12]
-
-
-def test_a_restart_goes_on_in_spite_of_no_resume(other_run, videos, monkeypatch, capsys):
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    before = (other_run / "checkpoint.pt").read_bytes()
-    line = line_of("mae_pretrain", videos, other_run, "--no-resume")
-    assert run_stage("mae_pretrain", line) == ""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # by torchrun, before the first save
+    assert run_stage("mae_pretrain", line) == "" and len_log(other_run) == 12
+    capsys.readouterr()
+    assert run_stage("mae_pretrain", line) == ""  # and after it
     assert "going on after step 12" in capsys.readouterr().out
-    assert (other_run / "checkpoint.pt").read_bytes() == before
+    assert (other_run / "checkpoint.pt.replaced").read_bytes() == old
 
 
 # ----------------------------------------------------------------------------------------- videos
@@ -293,9 +262,8 @@ def small_args():
     return mae_pretrain.parse_args(["--model", "vit_demo", "--img_size", "24"])
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(600, marks=long)])
-def test_damaged_videos_give_a_clip_or_a_reason(count, tmp_path):
-    paths = damaged(tmp_path, count)
+def test_damaged_videos_give_a_clip_or_a_reason(tmp_path):
+    paths = damaged(tmp_path, 60)
     views = data.MultiViewDataset(data.VideoList("", "", paths), small_args(), (2, 3))
     good, reasons = 0, []
     for sample in torch.utils.data.DataLoader(views, batch_size=None, num_workers=2):
@@ -303,22 +271,21 @@ def test_damaged_videos_give_a_clip_or_a_reason(count, tmp_path):
             assert sample["video"].shape == (6, 16, 24, 24, 3)
         good, reasons = good + ("video" in sample), reasons + [sample.get("failure", "")]
     reasons = list(filter(None, reasons))
-    assert good + len(reasons) == len(paths) and good > count // 6
-    assert len(reasons) > count // 12 and len(set(reasons)) > 2
+    assert good + len(reasons) == len(paths) and good > 10
+    assert len(reasons) > 5 and len(set(reasons)) > 2
 
 
-@pytest.mark.parametrize("times", [90, pytest.param(2700, marks=long)])
-def test_decoding_leaks_neither_file_handles_nor_memory(times, videos, tmp_path):
+def test_decoding_leaks_neither_file_handles_nor_memory(videos, tmp_path):
     content = (videos / "val" / "val0_000005_000008.mp4").read_bytes()
     (tmp_path / "good.mp4").write_bytes(content)
     (tmp_path / "bad.mp4").write_bytes(content[:2000] + bytes(len(content) - 2000))
     names, seen = ["good.mp4", "bad.mp4", "missing.mp4"], []
     views = data.MultiViewDataset(data.VideoList("", tmp_path, names), small_args(), (1, 3))
-    for i in range(times):
+    for i in range(300):
         assert ("video" in views[i % 3]) == (i % 3 == 0)
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         seen.append((len(os.listdir("/proc/self/fd")), pages * resource.getpagesize()))
-    (handles, memory), (handles_before, memory_before) = seen[-1], seen[times // 4]
+    (handles, memory), (handles_before, memory_before) = seen[-1], seen[75]
     assert handles == handles_before and memory < memory_before + 10e6  # caches are full by then
 
 
@@ -340,24 +307,6 @@ def test_each_broken_video_is_logged_once_and_more_than_allowed_stop_the_run(vid
 
 
 # -------------------------------------------------------------------------------------- processes
-
-
-def test_a_print_on_any_rank_is_shown(videos, tmp_path):
-    """As of someone who forks the code and adds a line."""
-    line = line_of("mae_pretrain", videos, tmp_path, "--epochs 6")
-    harm = "print('here is rank', os.environ['RANK'])\n"
-    harm += "def record(*a, f=m.Run.record):\n    print('step on', m.RANK)\n    f(*a)\n"
-    _, text = start("mae_pretrain", line, 2, harm + "m.Run.record = record").finish()
-    for rank in (0, 1):
-        assert text.count(f"here is rank {rank}") == 1 and text.count(f"step on {rank}") == 3
-
-
-@long
-def test_a_group_ends_well_ten_times_of_ten(videos, tmp_path):
-    line = line_of("mae_pretrain", videos, tmp_path, "--epochs 4 --no-resume")
-    for _ in range(10):
-        code, text = start("mae_pretrain", line, 2, launcher="torchrun").finish()
-        assert code == 0 and not re.search("abort|terminate|Traceback|SIG", text, re.I), text
 
 
 def test_a_killed_worker_is_one_line_and_no_hang(videos, tmp_path):
@@ -390,15 +339,6 @@ def test_a_loss_that_is_not_finite_stops_all_processes_with_what_to_do(videos, t
     assert len(names) == 2  # those of the process whose loss it was
     checkpoint = m.read_checkpoint(tmp_path)
     assert checkpoint["step"] == 2 and checkpoint["model"]["norm.weight"].isfinite().all()
-
-
-def test_at_most_ten_videos_of_a_bad_step_are_named(demo, tmp_path, monkeypatch):
-    paths = sorted((demo / "train").iterdir()) * 2
-    (tmp_path / "train.txt").write_text("".join(f"{path} 0\n" for path in paths))
-    nan = torch.tensor(float("nan"))
-    monkeypatch.setattr(m.Run, "record", lambda run, *_, f=m.Run.record: f(run, nan, nan))
-    line = line_of("mae_pretrain", demo, tmp_path / "out", f"--data {tmp_path} --batch_size 16")
-    assert len(run_stage("mae_pretrain", line).splitlines()) == 11
 
 
 @pytest.mark.parametrize("error", ["m.InputError", "ValueError"])
@@ -456,15 +396,6 @@ def test_other_arguments_neither_overwrite_nor_continue_a_run(other_run, videos,
     free = "--micro_batch 4 --num_workers 1 --log_interval 3 --save_minutes 1 --max_failures 9"
     assert run_stage("mae_pretrain", line, free, "--grad_checkpointing") == ""
     assert "going on after step 12" in capsys.readouterr().out
-
-
-def test_wrong_use_is_told_in_one_line(videos, tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    line = line_of("mae_pretrain", videos, tmp_path / "file" / "run")
-    message = run_stage("mae_pretrain", line)
-    assert message.startswith(f"mae_pretrain.py: error: {tmp_path}/file") and "\n" not in message
-    assert run_stage("mae_pretrain", line, "--learning_rate 1") == "2"
-    assert "unrecognized arguments: --learning_rate 1" in capsys.readouterr().err
 
 
 def test_a_list_that_changed_between_runs_is_said_with_both_hashes(videos, tmp_path, capsys):
