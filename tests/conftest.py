@@ -6,7 +6,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import random
 import runpy
 import signal
 import socket
@@ -32,15 +31,13 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # figures are compared on the CPU
 tqdm.monitor_interval = 0  # its thread would be lost in a fork
 
 
-def encode(
-    path, frames, rate=30, codec="libx264", pix_fmt="yuv420p", options=None, times=None, start=0
-):
+def encode(path, frames, rate=30, codec="libx264", options=None, times=None, start=0, **more):
     """Write frames (T, H, W, 3) with any codec, at any time stamps (in 1/rate s), to any container."""
     shift = {"avoid_negative_ts": "disabled"} if start else {}
     with av.open(str(path), "w", options=shift) as container:
         stream = container.add_stream(codec, rate=rate, options=options or {})
         stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = pix_fmt
+        stream.pix_fmt = more.get("pix_fmt", "yuv420p")
         stream.codec_context.thread_count = 1
         for i, frame in enumerate(frames):
             picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
@@ -86,12 +83,6 @@ def make_videos(folder, counts):
                 data.write_video(path, frames, data.DEMO_FPS)
                 rows.writerow([shape, f"{split}{i}", 5, 8, split])
     return folder
-
-
-@pytest.fixture(scope="session")
-def demo(tmp_path_factory):
-    """8 videos of 8 classes to train on, 2 to validate."""
-    return make_videos(tmp_path_factory.mktemp("demo"), {"train": 8, "val": 2})
 
 
 @pytest.fixture(scope="session")
@@ -214,8 +205,8 @@ def ranks_of(launcher):
 def start(stage, line, processes=1, harm="", launcher="fork", restarts=0):
     """Start a stage in processes of its own: a Job. harm: code to run first, in each of them.
 
-    launcher: "python" and "torchrun" start it as a user does; "fork" saves them the 4 s that it takes
-    to import torch, and gives the processes the environment that torchrun gives.
+    launcher: "torchrun" starts it as a user does; "fork" saves the processes the 4 s that it takes to
+    import torch, and gives them the environment that torchrun gives.
     """
     output = Path(tempfile.mkdtemp(prefix="stage"), "printed.txt")
     output.touch()
@@ -227,31 +218,25 @@ def start(stage, line, processes=1, harm="", launcher="fork", restarts=0):
         script.write_text(f"{head}import model as m, data\n{harm}\n{tail}")
         program = [str(script)]
     environment = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
-    environment |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as the README asks for restarts
-    if launcher != "fork":
-        torchrun = ["-m", "torch.distributed.run", "--standalone"]
-        torchrun += [f"--max-restarts={restarts}", f"--nproc_per_node={processes}"]
-        command = [sys.executable, *(torchrun if launcher == "torchrun" else []), *program]
+    if launcher == "torchrun":
+        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # as the README asks for restarts
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--max-restarts={restarts}", f"--nproc_per_node={processes}"]
+        command += [*program, *line.split()]
         settings = dict(env=os.environ | environment, start_new_session=True)
         with open(output, "a") as file:
-            command += line.split()
-            job = subprocess.Popen(command, stdout=file, stderr=file, **settings)
-        return Job([job], output)
+            return Job([subprocess.Popen(command, stdout=file, stderr=file, **settings)], output)
     if processes > 1:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    jobs = []
+    jobs, fork = [], multiprocessing.get_context("fork").Process
     for rank in range(processes):
-        own = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {})
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
         words = [*program, *line.split()]
-        jobs.append(
-            multiprocessing.get_context("fork").Process(
-                target=run_forked, args=(words, own, output)
-            )
-        )
+        jobs.append(fork(target=run_forked, args=(words, environment | own, output)))
         jobs[-1].start()
     return Job(jobs, output)
 
@@ -335,42 +320,5 @@ def bad_files(videos, whole, tmp_path_factory):
         (folder / name).write_text(text)
     encode(folder / "unknown" / "a_000000_000001.mp4", noise_frames(8))
     encode(folder / "noval" / "train" / "walk" / "a.mp4", noise_frames(8))
-    torch.save({"head.weight": torch.zeros(8, 8)}, folder / "noencoder.pt")
     torch.save(checkpoint_of(whole("mae_pretrain"))["model"], folder / "weights.pt")
     return folder
-
-
-def damaged(folder, count):
-    """Good videos in several formats, and `count` made of them by cutting, flipping bytes, zeroing
-    ranges, swapping or changing headers, losing pieces: their paths.
-    """
-    formats = ["mp4 libx264", "mkv libx264", "webm libvpx-vp9", "avi mpeg4", "mp4 libx265"]
-    rng, paths, made = random.Random(0), [], []
-    for i, (suffix, codec) in enumerate(map(str.split, [*formats, "ts mpeg2video"])):
-        options = {"x265-params": "log-level=none"} if codec == "libx265" else {}
-        path = folder / f"base{i}.{suffix}"
-        paths.append(encode(path, noise_frames(40), codec=codec, options=options))
-    real = sorted(SHARED_VIDEOS.iterdir()) if SHARED_VIDEOS.exists() else []
-    paths += [path for path in real if path.suffix != ".md" and path.stat().st_size < 2e6]
-    for i in range(count):
-        source = paths[i % len(paths)]
-        content = bytearray(source.read_bytes())
-        kind, size = i // len(paths) % 6, len(content)
-        at, length = rng.randrange(size), rng.randint(1, max(1, size // 10))
-        if kind == 0:
-            content = content[: rng.randint(0, size)]
-        elif kind == 1:
-            for _ in range(rng.choice((1, 10, 1000))):
-                content[rng.randrange(size)] ^= 1 << rng.randrange(8)
-        elif kind == 2:
-            content[at : at + length] = bytes(min(length, size - at))
-        elif kind == 3:
-            content[:2000] = paths[rng.randrange(len(paths))].read_bytes()[:2000]
-        elif kind == 4:
-            for _ in range(20):
-                content[rng.randrange(min(size, 4000))] = rng.randrange(256)  # in the headers
-        else:
-            del content[at : at + length]
-        made.append(folder / f"{i}{source.suffix}")
-        made[-1].write_bytes(content)
-    return paths + made

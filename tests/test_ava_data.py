@@ -236,27 +236,6 @@ def test_action_lists_in_both_forms(folder, tmp_path):
         data.read_action_list(other["ground_truth"])
 
 
-def test_the_demos_boxes_are_on_its_things(tmp_path, monkeypatch):
-    monkeypatch.setitem(data.DEMO_VIDEOS, "ava", dict(train=6, val=3))
-    data.make_demo("ava", tmp_path)
-    files = data.find_ava(parse(f"--data {tmp_path}/ava"), "train")
-    truth, detected = data.read_boxes(files["ground_truth"], False), data.read_boxes(files["boxes"])
-    assert list(truth) == list(detected) and len(truth) == 6 * 2
-    names = data.read_action_list(files["action_list"])
-    assert names == dict(enumerate(data.DEMO_ACTIONS, 1))
-    y, x = np.mgrid[:48, :72]
-    for key, rows in truth.items():
-        assert 0 < abs(detected[key] - rows)[:, :4].max() < 0.05  # a little off, none is false
-        assert (detected[key][:, 4] == rows[:, 4]).all()
-        assert 0.75 <= detected[key][:, 5].min() <= detected[key][:, 5].max() <= 1
-        with data.Video(tmp_path / "ava" / "videos" / f"{key[0]}.mp4") as video:
-            picture = video.frames([key[1] - 900])[0].to_ndarray(format="rgb24").astype(float)
-        x1, y1, x2, y2 = np.unique(rows[:, :4] * (72, 48, 72, 48), axis=0).T[..., None, None]
-        boxes = (x > x1 - 2) & (x < x2 + 1) & (y > y1 - 2) & (y < y2 + 1)  # (2, H, W)
-        around, *things = (picture[part].std(0).max() for part in (~boxes.any(0), *boxes))
-        assert around < 20 and len(things) == 2 and min(things) > 24  # plain but for its things
-
-
 # -------------------------------------------------------------------------------------- the clips
 
 # Of a bright box, as shares of the frame; off the middle in both directions: a mirror moves it.

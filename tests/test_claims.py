@@ -4,7 +4,6 @@ import csv
 import json
 import math
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,38 +105,6 @@ def test_the_target_of_a_flat_patch_is_0_and_of_a_nearly_flat_one_is_damped():
         variance, mean = torch.var_mean(target, 1, keepdim=True)
         error = pred[0] - (target - mean) / (variance + 1e-6).sqrt()
         torch.testing.assert_close(loss, error[mask[0] == 1].square().mean())
-
-
-@pytest.mark.parametrize("largest", [False, True])
-def test_blocks_are_a_quarter_to_a_little_over_half_of_the_grid_long(largest, monkeypatch):
-    grid, draws = (8, 12, 16), []
-
-    def extreme(*args, **_):  # torch.randint(low, high, size) or (high, size)
-        *low, high, _ = args
-        draws.append(high)
-        assert len(draws) <= 6, "one block should do: a size and a start in each direction"
-        return torch.tensor(high - 1 if largest else sum(low))
-
-    monkeypatch.setattr(torch, "randint", extreme)
-    spans = [slice(n - (n // 2 + 1), n) if largest else slice(0, n // 4) for n in grid]
-    block = torch.zeros(grid, dtype=torch.bool)
-    block[tuple(spans)] = True
-    noise = model.block_mask(grid, (block.sum().item() - 0.5) / block.numel())
-    hidden = torch.zeros(block.numel(), dtype=torch.bool)
-    hidden[noise.argsort(descending=True)[: block.sum()]] = True
-    assert torch.equal(hidden.view(grid), block)
-
-
-def test_clips_of_a_video_that_was_opened_once_differ_in_crop_and_flip(tmp_path):
-    frame = data.draw_scene(0, [("corner", "turns", 0.5)], (14, 18))[0][:1]
-    data.write_video(tmp_path / "still.mp4", frame.repeat(30, 0), 15, crf=0)
-    videos = data.VideoList("", tmp_path, ["still.mp4"])
-    clip = dict(seed=1, num_frames=2, sampling_rate=1, img_size=24, segments=False, repeat_aug=8)
-    for crop, hflip, count in ([0.3, 0.9], False, 8), ([1, 1], True, 2):  # 2: mirrored or not
-        clips = data.ClipDataset(videos, SimpleNamespace(**clip, crop_scale=crop, hflip=hflip))[
-            0, 0
-        ]["video"]
-        assert len(clips.flatten(1).unique(dim=0)) == count
 
 
 @pytest.mark.parametrize("kind, rate", [(model.Classifier, 0.3), (model.Detector, 0.6)])

@@ -88,7 +88,6 @@ def rewrite(source, target, change):
     return target
 
 
-X265 = {"x265-params": "keyint=16:bframes=3:log-level=none"}
 OPEN_GOP = {"x264-params": "keyint=12:min-keyint=12:scenecut=0:open-gop=1:bframes=3"}
 ORDERS = {
     "h264.mp4": dict(options={"g": "20", "bf": "3"}),
@@ -99,14 +98,13 @@ ORDERS = {
     "vp9.webm": dict(codec="libvpx-vp9", options={"g": "20"}),
     "mpeg4.avi": dict(codec="mpeg4", options={"g": "12", "bf": "2"}),
     "mpeg2.ts": dict(codec="mpeg2video", options={"g": "12", "bf": "2"}),
-    "hevc.mp4": dict(codec="libx265", options=X265),
+    "hevc.mp4": dict(codec="libx265", options={"x265-params": "keyint=16:log-level=none"}),
 }
-UNSTAMPED = [name for name in ORDERS if name.endswith((".mp4", ".avi"))]
+CASES = [(name, True) for name in ORDERS]
+CASES += [(name, False) for name in ("h264.mp4", "open_gop.avi", "mpeg4.avi")]
 
 
-@pytest.mark.parametrize(
-    "name, stamped", [(name, True) for name in ORDERS] + [(name, False) for name in UNSTAMPED]
-)
+@pytest.mark.parametrize("name, stamped", CASES)
 def test_the_frame_at_a_time_shows_the_picture_of_that_time(name, stamped, tmp_path):
     """Read off the pictures; also where decoding times stand in place of presentation times."""
     path = encode(tmp_path / name, numbered_frames(100), **ORDERS[name])
@@ -127,13 +125,7 @@ def test_the_frame_at_a_time_shows_the_picture_of_that_time(name, stamped, tmp_p
 
 
 FILES = {
-    "b_frames_gop_12.mp4": dict(options={"g": "12", "bf": "3"}),
-    "one_gop.mp4": dict(options={"g": "250", "bf": "3"}),
-    "open_gop.mkv": dict(options=OPEN_GOP),
-    "hevc.mp4": dict(codec="libx265", options=X265),
-    "mpeg4_b_frames.avi": dict(codec="mpeg4", options={"g": "10", "bf": "2"}),
     "vp8.webm": dict(codec="libvpx", options={"b": "100k"}),
-    "vp9.webm": dict(codec="libvpx-vp9", options={"g": "20"}),
     "mpeg_ts.ts": dict(options={"g": "20", "bf": "2"}),
     "10_bit.mp4": dict(pix_fmt="yuv420p10le"),
     "odd_444.mp4": dict(pix_fmt="yuv444p", height=45, width=63),
@@ -144,6 +136,9 @@ FILES = {
 }
 
 
+REAL = sorted(path for path in SHARED_VIDEOS.glob("*.*") if path.suffix != ".md")
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_frames_are_those_nearest_to_the_wanted_times(name, tmp_path):
     settings = dict(FILES[name])
@@ -152,11 +147,7 @@ def test_frames_are_those_nearest_to_the_wanted_times(name, tmp_path):
 
 
 @pytest.mark.skipif(not SHARED_VIDEOS.exists(), reason="needs ../shared/videos")
-@pytest.mark.parametrize(
-    "path",
-    sorted(p for p in SHARED_VIDEOS.glob("*.*") if p.suffix != ".md"),
-    ids=lambda p: p.name,
-)
+@pytest.mark.parametrize("path", REAL, ids=lambda path: path.name)
 def test_frames_of_real_files_are_the_nearest_too(path):
     if path.name == "corrupted.mp4":  # breaks after 28 of 50 frames: a clip is what decodes
         with data.Video(path) as video:
@@ -206,12 +197,10 @@ def test_a_file_that_cannot_seek_and_has_no_duration_is_read_from_its_start(tmp_
         class Pipe:
             write = out.write
 
-        with (
-            av.open(Pipe(), "w", format="matroska", options={"live": "1"}) as live,
-            av.open(str(path)) as source,
-        ):
+        live = av.open(Pipe(), "w", format="matroska", options={"live": "1"})
+        with live, av.open(str(path)) as source:
             stream = live.add_stream_from_template(source.streams.video[0])
-            for packet in source.demux(source.streams.video[0]):
+            for packet in source.demux(video=0):
                 if packet.size:
                     packet.stream = stream
                     live.mux(packet)
@@ -223,18 +212,10 @@ def test_a_file_that_cannot_seek_and_has_no_duration_is_read_from_its_start(tmp_
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.webm", "a.ts"])
-@pytest.mark.parametrize("start", [0, 250])
-def test_the_duration_counts_from_the_first_frame(name, start, tmp_path):
+def test_the_duration_counts_from_the_first_frame(name, tmp_path):
     codec = "libvpx" if name == "a.webm" else "libx264"
-    with data.Video(encode(tmp_path / name, noise_frames(80), codec=codec, start=start)) as video:
+    with data.Video(encode(tmp_path / name, noise_frames(80), codec=codec, start=250)) as video:
         assert video.duration == pytest.approx(80 / 30, abs=0.05)
-
-
-def test_frames_that_cannot_be_scaled_count_as_damage(tmp_path):
-    with data.Video(encode(tmp_path / "a.mp4", noise_frames(5))) as video:
-        frames = video.frames([0.0])
-    with pytest.raises(data.VideoError, match="cannot be cut to 9999 x 64"):
-        data.to_clip(frames, (32, 32), (0, 0, 9999, 64))
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.avi"])
@@ -280,62 +261,25 @@ def test_rotated_videos_come_out_upright(name, turns, size):
 
 
 def test_cutting_and_scaling_in_one_pass_is_cutting_then_scaling(tmp_path):
-    path = encode(
-        tmp_path / "a.mp4", noise_frames(3, 96, 128), options={"crf": "0"}, pix_fmt="yuv444p"
-    )
-    with data.Video(path) as video:
+    settings = dict(options={"crf": "0"}, pix_fmt="yuv444p")
+    with data.Video(encode(tmp_path / "a.mp4", noise_frames(3, 96, 128), **settings)) as video:
         frames = video.frames([0.0, 0.034, 0.067, 0.067])
+    box = top, left, height, width = 10, 21, 60, 80
     whole = torch.stack([torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in frames])
-    top, left, height, width = box = (10, 21, 60, 80)
+    whole = whole[:, top : top + height, left : left + width]
     cut = data.to_clip(frames, (height, width), box)
     assert cut.shape == (4, 60, 80, 3) and cut.dtype == torch.uint8
-    assert (cut.int() - whole[:, top : top + height, left : left + width].int()).abs().max() <= 2
-    small = data.to_clip(frames, (30, 40), box).float()
-    reference = F.resize(
-        whole.permute(0, 3, 1, 2)[:, :, top : top + height, left : left + width], [30, 40]
-    )
-    assert (small - reference.permute(0, 2, 3, 1)).abs().mean() < 2
+    assert (cut.int() - whole.int()).abs().max() <= 2
+    reference = F.resize(whole.permute(0, 3, 1, 2), [30, 40]).permute(0, 2, 3, 1)
+    assert (data.to_clip(frames, (30, 40), box).float() - reference).abs().mean() < 2
     assert torch.equal(cut[2], cut[3])
 
 
-@pytest.mark.parametrize(
-    "content, reason",
-    [
-        (b"", "cannot be opened"),
-        (b"no video at all", "cannot be opened"),
-        (None, "has no video stream"),
-    ],
-)
-def test_a_file_that_is_no_video_says_so(content, reason, tmp_path):
-    path = tmp_path / "bad.mkv"
-    if content is None:
-        with av.open(str(path), "w") as container:
-            stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
-            frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), dtype=np.int16), layout="mono")
-            frame.rate = 8000
-            container.mux(stream.encode(frame))
-    else:
-        path.write_bytes(content)
-    with pytest.raises(data.VideoError, match=reason):
-        data.Video(path)
-
-
-def test_a_damaged_video_gives_what_decodes_or_a_reason(tmp_path):
-    path = encode(tmp_path / "good.mkv", noise_frames(90), options={"g": "10", "bf": "0"})
-    whole = path.read_bytes()
-    (tmp_path / "cut.mkv").write_bytes(whole[: int(len(whole) * 0.9)])
-    with data.Video(tmp_path / "cut.mkv") as video:
-        assert len(video.frames(data.clip_times(3, 16, 4, 0.0))) == 16
-    with av.open(str(path)) as container:  # all but the first pictures overwritten
-        places = [(p.pos, p.size) for p in container.demux(container.streams.video[0]) if p.size][
-            5:
-        ]
-    damaged = bytearray(whole)
-    for position, size in places:
-        damaged[position + 8 : position + size] = bytes(size - 8)
-    (tmp_path / "zeros.mkv").write_bytes(damaged)
-    with (
-        data.Video(tmp_path / "zeros.mkv") as video,
-        pytest.raises(data.VideoError, match="cannot be decoded"),
-    ):
-        video.frames(data.clip_times(3, 16, 4, 0.5))
+def test_a_file_without_pictures_says_so(tmp_path):
+    with av.open(str(tmp_path / "sound.mkv"), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), dtype=np.int16), layout="mono")
+        frame.rate = 8000
+        container.mux(stream.encode(frame))
+    with pytest.raises(data.VideoError, match="has no video stream"):
+        data.Video(tmp_path / "sound.mkv")
