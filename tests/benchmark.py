@@ -240,29 +240,11 @@ def decode_floor(path, times):
                     return
 
 
-def plain_loader(path, times, size, boxes):
-    """What a straightforward loader does: decode every frame to RGB, pick, crop and resize in torch."""
-    with av.open(str(path)) as container:
-        container.streams.video[0].codec_context.thread_count = 1
-        stamps, frames = [], []
-        for frame in container.decode(video=0):
-            stamps.append(float(frame.time or 0))
-            frames.append(frame.to_ndarray(format="rgb24"))
-    chosen = data.nearest(np.array(stamps), times)
-    clips = []
-    for box, ids in zip(boxes, np.split(chosen, len(boxes))):
-        clip = torch.from_numpy(np.stack([frames[i] for i in ids])).permute(0, 3, 1, 2)
-        top, left, height, width = box
-        clip = clip[:, :, top : top + height, left : left + width].float()
-        clips.append(F.interpolate(clip, size=size, mode="bilinear").round().byte())
-    return torch.stack(clips)
-
-
 def benchmark_data(args):
     torch.set_num_threads(1)
     print("one core; times in ms for one opening of the file, the fastest of several")
     print(f"{'':26}{'stage':>10}{'samples':>9}{'floor':>8}{'decode':>8}{'to RGB':>8}", end="")
-    print(f"{'augment':>9}{'all':>8}{'clips/s':>9}{'of floor':>10}{'plain loader':>14}")
+    print(f"{'augment':>9}{'all':>8}{'clips/s':>9}{'of floor':>10}")
     with tempfile.TemporaryDirectory() as folder:
         paths = list(args.videos)
         if not paths:
@@ -285,7 +267,7 @@ def one_row(path, stage, repeats):
     augment = finetune_cls.augmentation(args) if stage == "fine-tune" else None
     videos = data.VideoList("benchmark", "/", [str(Path(path).resolve())])
     clips = data.ClipDataset(videos, args, None, augment)
-    spent = dict.fromkeys(("floor", "decode", "to RGB", "all", "plain"), 0.0)
+    spent = dict.fromkeys(("floor", "decode", "to RGB", "all"), 0.0)
     draws, size = 3, (args.img_size,) * 2  # the mean of three draws of times and crops
     for epoch in range(draws):
         seeds = [data.stateless_seed(args.seed, epoch, 0, repeat) for repeat in range(repeats)]
@@ -308,7 +290,6 @@ def one_row(path, stage, repeats):
             "decode": decode,
             "to RGB": convert,
             "all": lambda epoch=epoch: clips.load(0, epoch),
-            "plain": lambda times=times, boxes=boxes: plain_loader(path, times, size, boxes),
         }
         for name, job in jobs.items():
             spent[name] += seconds(job, 0.2) / draws
@@ -316,8 +297,7 @@ def one_row(path, stage, repeats):
     print(f"{Path(path).stem[:25]:26}{stage:>10}{repeats:9}", end="")
     for name, width in ("floor", 8), ("decode", 8), ("to RGB", 8), ("augment", 9), ("all", 8):
         print(f"{1000 * spent[name]:{width}.1f}", end="")
-    print(f"{repeats / spent['all']:9.1f}{spent['floor'] / spent['all']:10.0%}", end="")
-    print(f"{spent['plain'] / spent['all']:12.1f} x", flush=True)
+    print(f"{repeats / spent['all']:9.1f}{spent['floor'] / spent['all']:10.0%}", flush=True)
     return repeats / spent["all"]
 
 

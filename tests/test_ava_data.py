@@ -108,29 +108,6 @@ def test_equal_scores_are_ordered_as_the_official_evaluator_has_them(digits, sco
         assert found[f"{action}"] == f"{expected:.6f}" and 0.02 < expected < 0.9
 
 
-BOX, BESIDE = (0.1, 0.1, 0.5, 0.5), (0.6, 0.6, 0.9, 0.9)  # of a ground truth
-HALF, LESS = (0.1, 0.1, 0.5, 0.9), (0.1, 0.1, 0.5, 0.91)  # of which BOX is
-CASES = [
-    ([("a", BOX)], 1 / 2),
-    ([("a", HALF)], 1 / 2),
-    ([("a", LESS)], 0),
-    ([], 0),
-    ([("another", BOX), ("a", BOX)], 1 / 2 * 1 / 2),
-    ([("excluded", BOX), ("a", BOX)], 1 / 2),
-    ([("a", BOX), ("a", BOX), ("a", BESIDE)], 1 / 2 + 1 / 2 * 2 / 3),
-]
-
-
-@pytest.mark.parametrize("detections, figure", CASES)
-def test_a_detection_is_right_once_on_its_frame_by_half(detections, figure, score, tmp_path):
-    rows = [(name, 902, *box, 1, 0.9 - 0.1 * i) for i, (name, box) in enumerate(detections)]
-    detected = write_csv(tmp_path / "detected.csv", *rows)
-    truth = write_csv(tmp_path / "t.csv", *(("a", 902, *box, 1, 0) for box in (BOX, BESIDE)))
-    excluded = write_csv(tmp_path / "excluded.csv", ("excluded", 902))
-    found = score(truth, detected, {1: "walk"}, f"--excluded {excluded}")
-    assert float(found["mAP"]) == pytest.approx(figure, abs=1e-6)
-
-
 # -------------------------------------------------------------------------------------- the files
 
 GOOD = ("a", "0902", 0.1, 0.1, 0.5, 0.5, 12, 0)

@@ -190,27 +190,6 @@ def test_corrupt_frames_count_as_missing(tmp_path):
             video.frames(np.arange(4, 44, 4) / 30)
 
 
-def test_a_file_that_cannot_seek_and_has_no_duration_is_read_from_its_start(tmp_path):
-    path = encode(tmp_path / "stream.mkv", noise_frames(80), options={"g": "250"})
-    with open(tmp_path / "pipe.mkv", "wb") as out:  # a live recording: no duration, no index
-
-        class Pipe:
-            write = out.write
-
-        live = av.open(Pipe(), "w", format="matroska", options={"live": "1"})
-        with live, av.open(str(path)) as source:
-            stream = live.add_stream_from_template(source.streams.video[0])
-            for packet in source.demux(video=0):
-                if packet.size:
-                    packet.stream = stream
-                    live.mux(packet)
-    with av.open(str(tmp_path / "pipe.mkv")) as container:
-        assert container.duration is None and container.streams.video[0].duration is None
-    with data.Video(tmp_path / "pipe.mkv") as video:
-        assert video.duration == pytest.approx(80 / 30, abs=0.04)
-    assert_same_frames(tmp_path / "pipe.mkv")
-
-
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.webm", "a.ts"])
 def test_the_duration_counts_from_the_first_frame(name, tmp_path):
     codec = "libvpx" if name == "a.webm" else "libx264"

@@ -4,7 +4,6 @@ import csv
 import os
 import re
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -152,13 +151,6 @@ def test_a_detection_run_leaves_detections_results_and_pictures(whole, videos):
     assert "val0000_902.png" in os.listdir(out / "pictures")
 
 
-def test_the_progress_bar_keeps_within_80_columns(whole):
-    text = (whole("mae_pretrain") / "printed.txt").read_bytes().decode()
-    bars = [part for part in re.split("[\r\n]", text) if "%|" in part]
-    assert any("12/12" in bar and "clips/s]" in bar for bar in bars)
-    assert all(len(bar) < 80 for bar in bars)
-
-
 def test_keep_epochs_leaves_checkpoints_that_stay(videos, tmp_path):
     line = line_of("mae_pretrain", videos, tmp_path, "--keep_epochs 8")
     assert run_stage("mae_pretrain", line) == ""
@@ -172,23 +164,6 @@ def test_checkpoints_follow_the_clock_not_the_passes(minutes, steps, videos, tmp
     monkeypatch.setattr(m, "save_checkpoint", lambda *a: [writes.append(a[1]["step"]), save(*a)])
     line = line_of("mae_pretrain", videos, tmp_path, f"--save_minutes {minutes}")
     assert run_stage("mae_pretrain", line) == "" and writes == steps
-
-
-@pytest.mark.parametrize("line, warning, micro_batch", [
-    ("--model vit_demo --epochs 1000", None, 8),
-    ("--model vit_demo --epochs 998", r"so few steps teach little; give more --epochs", 8),
-    ("--model vit_demo --epochs 1000 --img_size 36", r"4 of 36 rows and columns fill no", 8),
-    ("--model vit_b --epochs 1000", r"a step is [\d,]+ GFLOP, [\d,]+ s at 100", 1),
-])  # fmt: skip
-def test_a_run_warns(line, warning, micro_batch, videos, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(mae_pretrain.ClipDataset, "__init__", lambda *_: sys.exit("far enough"))
-    line = f"--img_size 32 --batch_size 8 --repeat_aug 2 --device cpu --mask_ratio 0.5 {line}"
-    line += f" --data {videos} --output_dir {tmp_path}"
-    assert "far enough" in run_stage("mae_pretrain", line)
-    out = capsys.readouterr().out
-    said = re.findall("^warning: (.*)", out, re.M)
-    assert re.match(warning, *said) if warning else not said
-    assert f"of 8 videos x 2 clips, {micro_batch} at once" in out
 
 
 def test_a_linear_probe_trains_the_head_and_its_norm_alone(videos, tmp_path, whole):
@@ -222,17 +197,6 @@ def test_training_learns_what_things_in_a_movie_do(videos, tmp_path):
     assert json_of(out)["mAP"] > 0.9
 
 
-def test_on_a_cpu_the_small_model_leaves_cores_to_its_workers(monkeypatch):
-    monkeypatch.setattr(m, "cores", lambda: 6)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    for model, omp, expected in ("vit_demo", "", 3), ("vit_l", "", 1), ("vit_demo", "5", 1):
-        torch.set_num_threads(1)
-        if omp:
-            monkeypatch.setenv("OMP_NUM_THREADS", omp)
-        m.start_process(mae_pretrain.parse_args(["--model", model, "--device", "cpu"]))
-        assert torch.get_num_threads() == expected
-
-
 # ------------------------------------------------------------------------- to test and to predict
 
 
@@ -249,43 +213,27 @@ def test_a_test_takes_all_from_the_checkpoint_and_flags_win(whole, tmp_path):
     assert args.decoder_embed_dim == 32 and args.output_dir.endswith("/visualize")
 
 
-KEEP = """
-import torch
-def kept(*args, run_test=data.run_test):
-    result = run_test(*args)
-    torch.save(result, "{out}/scores_" + os.environ.get("RANK", "0") + ".pt")
-    return result
-data.run_test = kept
-"""
-
-
 @pytest.mark.parametrize("stage", ["finetune_cls", "finetune_ava"])
 def test_each_sample_counts_once_on_two_processes(stage, whole, videos, tmp_path):
-    folder, scores = tmp_path / "videos", []  # one of them cannot be read
+    folder, results, detections = tmp_path / "videos", [], []
     shutil.copytree(videos / ("ava/videos" if stage == "finetune_ava" else "val"), folder)
     bad = sorted(folder.glob("val*"))[1]
     bad.write_text("words")
     for n in (1, 2):
         out = tmp_path / str(n)
-        out.mkdir()
         line = f"--eval --init {whole(stage)} --videos {folder} --output_dir {out} --num_workers 1"
-        code, text = start(stage, line, n, KEEP.format(out=out)).finish()
+        code, text = start(stage, line, n).finish()
         assert code == 0 and text.count("tensors loaded") == 1, text  # one process speaks
-        assert text.count(str(bad)) == json_of(out)["unreadable"]
-        ranks = [torch.load(out / f"scores_{rank}.pt", weights_only=True) for rank in range(n)]
-        assert all(str(other) == str(ranks[0]) for other in ranks)
-        scores.append(ranks[0])
-    (values, failures), (others, other_failures) = scores
-    assert failures == other_failures and len(failures) in (1, 2)
-    torch.testing.assert_close(values, others, atol=1e-6, rtol=1e-5)
-    assert list(values) == list(others) and not set(values) & set(failures)
-    ours, theirs = json_of(tmp_path / "1"), json_of(tmp_path / "2")
-    assert all(ours[name] == theirs[name] for name in ours if name != "per_class")
-    assert len(values) + len(failures) == ours.get("videos", ours.get("keyframes"))
-    if stage == "finetune_cls":  # the one that cannot be read counts as wrong
-        truth = data.find_videos(videos, "val", None, sorted(data.DEMO_SHAPES)).labels
-        right = sum(int(value.argmax()) == truth[i] for i, value in values.items())
-        assert ours["top1"] == 100 * right / 5 and ours["unreadable"] == 1
+        results.append(json_of(out))
+        assert text.count(str(bad)) == results[-1]["unreadable"] > 0
+        if stage == "finetune_ava":
+            rows = (out / "detections.csv").read_text().splitlines()
+            detections.append([row[: row.rindex(",")] for row in rows])  # but for the score
+    assert results[0] == pytest.approx(results[1]) if stage == "finetune_cls" else True
+    if stage == "finetune_ava":
+        assert results[0]["mAP"] == pytest.approx(results[1]["mAP"])
+        assert results[0]["keyframes"] == results[1]["keyframes"]
+        assert sorted(detections[0]) == sorted(detections[1])
 
 
 def test_predict_prints_the_five_likeliest_classes(whole, videos, tmp_path, capsys):
@@ -302,36 +250,20 @@ def test_predict_prints_the_five_likeliest_classes(whole, videos, tmp_path, caps
         assert percent == sorted(percent, reverse=True) and 50 < sum(percent) < 100.3
 
 
-def score_line(detections, notes, truth="ava_val_v2.2.csv"):
-    actions = next(notes.glob("*.pbtxt"))
-    return f"--score {detections} --ground_truth {notes}/{truth} --action_list {actions}"
-
-
 def test_eval_and_score_give_the_figure_of_the_run(whole, videos, tmp_path, capsys):
     run, notes = whole("finetune_ava"), videos / "ava" / "annotations"
     expected = json_of(run)
     assert run_stage("finetune_ava", f"--eval --init {run} --output_dir {tmp_path}") == ""
     assert json_of(tmp_path)["mAP"] == pytest.approx(expected["mAP"], abs=1e-6)
     (tmp_path / "empty.csv").write_text("")  # no detections: a figure, too
+    line = f"--ground_truth {notes}/ava_val_v2.2.csv --action_list {next(notes.glob('*.pbtxt'))}"
     for file, figure in (run / "detections.csv", expected["mAP"]), (tmp_path / "empty.csv", 0):
-        assert run_stage("finetune_ava", score_line(file, notes)) == ""
+        assert run_stage("finetune_ava", line, "--score", file) == ""
         assert capsys.readouterr().out.splitlines()[-1] == f"mAP@0.5IOU: {figure:.6f}"
     line = f"--eval --test_crop center --test_size 32 --init {run} --output_dir {tmp_path}"
     assert run_stage("finetune_ava", line) == ""
     assert json_of(tmp_path)["test_crop"] == "center" and json_of(tmp_path)["test_size"] == 32
     assert json_of(tmp_path)["boxes"] == expected["boxes"]
-
-
-def test_missing_movies_are_named_or_left_out_and_do_not_count(whole, videos, tmp_path, capsys):
-    shutil.copytree(videos / "ava", tmp_path / "ava")
-    (tmp_path / "ava" / "videos" / "val0001.mp4").unlink()
-    out = tmp_path / "out"
-    line = f"--eval --init {whole('finetune_ava')} --data {tmp_path}/ava --output_dir {out}"
-    missing = "1 of 3 movies are not below"
-    assert missing in run_stage("finetune_ava", line)
-    assert run_stage("finetune_ava", line, "--allow_missing") == ""
-    assert json_of(out)["keyframes"] < json_of(whole("finetune_ava"))["keyframes"]
-    assert missing in capsys.readouterr().out
 
 
 def test_predict_draws_and_writes_what_people_do(whole, videos, tmp_path, capsys):
@@ -396,15 +328,11 @@ SMALL = "--model vit_demo --img_size 24 --precision fp32 --num_workers 0 --batch
 BAD = {  # what is added to a good line, and what is said; words in capitals: see below
     "mae_pretrain": [
         ("--data absent", r"(?s)absent: no folder or list.*youtube_id.*--dataset demo"),
-        ("--data text.mp4", r"text.mp4: no folder or list of videos"),
         ("--data broken --num_workers 1", r"20 videos in a row(?s:.*\n  .*[ab].mp4: cannot.*){2}"),
         ("--mask_ratio 1.0", r"--mask_ratio 1.0 of"),
-        ("--mask_ratio 0.95 --mask_type time-only", r"use a ratio from 0 to 0.875"),
         ("--decoder_embed_dim 30", r"sines need a width that 4 divides, not 30"),
         ("--micro_batch 3", r"--micro_batch 3 does not divide 4 videos: \[1, 2, 4\] do"),
         ("--batch_size 512", r"--batch_size 512 must.*at most the 8 that the list has; 8 would do"),
-        ("--epochs 0.1", r"--epochs 0.1 of 8 videos are less than one step"),
-        ("--visualize a.mp4 --init CLS", r"a checkpoint of finetune_cls, not of mae_pretrain"),
         ("--crop_scale 1 0.5", r"--crop_scale 1 0.5: the smaller share first"),
         ("--output_dir text.mp4/run", r"text.mp4/run: Not a directory"),
         ("--device gpu", r"--device gpu: cannot be used here: "),
@@ -413,10 +341,8 @@ BAD = {  # what is added to a good line, and what is said; words in capitals: se
         ("--num_classes 3", r"8 classes, not 3; if that is meant: --num_classes 8"),
         ("--data lists --num_classes 5", r"train.csv: label 7 of \S+.mp4 is outside 0..4"),
         ("--data lists/train.csv", r"train.csv: a list to train or to test on\? Give the folder"),
-        ("--data unknown --num_classes 1", r"val.csv: class 'dance' is none of the 1 classes"),
         ("--data noval --num_classes 1", r"noval: no videos of val in it; expected one of"),
         ("--data VIDEOS/val", r"videos without labels; expected one of"),
-        ("--predict text.mp4 --init CLS", r"1 of 1 videos cannot be read: text.mp4 cannot be op"),
         ("--eval --init MAE", r"a checkpoint of mae_pretrain, not of finetune_cls"),
         ("--eval --init weights.pt", r"has no head.weight; give a checkpoint of finetune_cls"),
         ("--eval --dataset mine", r"--num_classes: how many does the classifier know"),

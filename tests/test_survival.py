@@ -7,11 +7,9 @@ import os
 import pickle
 import random
 import re
-import resource
 import shutil
 import signal
 import time
-from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
@@ -115,6 +113,9 @@ def test_a_compiled_group_stopped_by_torchrun_does_so_too(stage, videos, whole, 
     more = f"{STEPS_30[stage]} --compile"
     stop_and_go_on(stage, more, videos, tmp_path, "torchrun", EAGER)
     assert_same_bits(tmp_path, whole(stage, more, processes=2, harm=EAGER))
+    plain = entries(whole(stage, STEPS_30[stage], processes=2))
+    for ours, theirs in zip(entries(tmp_path), plain, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-2)
 
 
 @long
@@ -270,10 +271,6 @@ def test_no_resume_keeps_the_replaced_checkpoint_and_a_restart_does_not_replace_
 # ----------------------------------------------------------------------------------------- videos
 
 
-def small_args():
-    return mae_pretrain.parse_args(["--model", "vit_demo", "--img_size", "24"])
-
-
 FORMATS = {"a.mp4": "libx264", "a.mkv": "libx264", "a.webm": "libvpx-vp9", "a.avi": "mpeg4"}
 
 
@@ -292,26 +289,15 @@ def test_damaged_videos_give_a_clip_or_a_reason(tmp_path):
                 damaged[at : at + length] = rng.randbytes(length)
             paths.append(tmp_path / f"{i}{name}")
             paths[-1].write_bytes(damaged)
-    views = data.MultiViewDataset(data.VideoList("", "", paths), small_args(), (2, 3))
+    args = mae_pretrain.parse_args(["--model", "vit_demo", "--img_size", "24"])
+    views = data.MultiViewDataset(data.VideoList("", "", paths), args, (2, 3))
+    handles = len(os.listdir("/proc/self/fd"))
     samples = [views[i] for i in range(len(paths))]
+    assert len(os.listdir("/proc/self/fd")) == handles  # none is left open
     clips = [sample["video"] for sample in samples if "video" in sample]
     reasons = {sample["failure"] for sample in samples if "video" not in sample}
     assert len(clips) > 10 and all(clip.shape == (6, 16, 24, 24, 3) for clip in clips)
     assert len(reasons) > 1
-
-
-def test_decoding_leaks_neither_file_handles_nor_memory(videos, tmp_path):
-    content = (videos / "val" / "val0_000005_000008.mp4").read_bytes()
-    (tmp_path / "good.mp4").write_bytes(content)
-    (tmp_path / "bad.mp4").write_bytes(content[:2000] + bytes(len(content) - 2000))
-    names, seen = ["good.mp4", "bad.mp4", "missing.mp4"], []
-    views = data.MultiViewDataset(data.VideoList("", tmp_path, names), small_args(), (1, 3))
-    for i in range(300):
-        assert ("video" in views[i % 3]) == (i % 3 == 0)
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        seen.append((len(os.listdir("/proc/self/fd")), pages * resource.getpagesize()))
-    (handles, memory), (handles_before, memory_before) = seen[-1], seen[75]
-    assert handles == handles_before and memory < memory_before + 10e6  # caches are full by then
 
 
 def test_each_broken_video_is_logged_once_and_more_than_allowed_stop_the_run(videos, tmp_path):
@@ -349,14 +335,14 @@ POISON = """
 def poisoned(*args, forward=m.MAE.forward, calls=[], **settings):
     calls.append(1)
     loss, pred, mask = forward(*args, **settings)
-    return loss * (float("nan") if m.RANK == {rank} and len(calls) == 4 else 1), pred, mask
+    return loss * (float("nan") if m.RANK == 1 and len(calls) == 4 else 1), pred, mask
 m.MAE.forward = poisoned
 """
 
 
 def test_a_loss_that_is_not_finite_stops_all_processes_with_what_to_do(videos, tmp_path):
     line = line_of("mae_pretrain", videos, tmp_path, "--save_minutes 0")
-    code, text = start("mae_pretrain", line, 2, POISON.format(rank=1)).finish(60)
+    code, text = start("mae_pretrain", line, 2, POISON).finish(60)
     assert code == 1 and "Traceback" not in text
     said = r"mae_pretrain.py: error: step 2: loss nan, .*Lower --lr, or try --precision fp32"
     assert len(re.findall(said, text)) == 2, text
@@ -385,29 +371,15 @@ m.Run.record = failing"""
             os.killpg(process.pid, 0)
 
 
-@long
-def test_a_process_that_hangs_is_given_up_after_the_time_limit(videos, tmp_path):
-    harm = SLOW["mae_pretrain"] + "\nimport datetime\nm.TIMEOUT = datetime.timedelta(seconds=8)"
-    job = start("mae_pretrain", line_of("mae_pretrain", videos, tmp_path), 2, harm, "torchrun")
-    job.wait_for(lambda: len_log(tmp_path) >= 1)
-    os.kill(ranks_of(job)[1], signal.SIGSTOP)
-    code, text = job.finish(90)
-    assert code != 0 and "another process has ended or does not answer" in text, text
-
-
 # -------------------------------------------------------------------------------------- wrong use
 
 
-def test_other_arguments_neither_overwrite_nor_continue_a_run(other_run, videos, whole, capsys):
+def test_other_arguments_neither_overwrite_nor_continue_a_run(other_run, videos, capsys):
     before = (other_run / "checkpoint.pt").read_bytes()
     line = line_of("mae_pretrain", videos, other_run)
-    for more, said in {
-        "--lr 2e-3 --repeat_aug 2": r"\(--lr was 0.001, is 0.002; --repeat_aug was 4, is 2\)",
-        f"--init {whole('mae_pretrain')}": r"\(--init was None, is .*\)",
-        "--pred_t_dim 16": r"\(--pred_t_dim was None, is 16\)",
-    }.items():
-        message = run_stage("mae_pretrain", line, more)
-        assert re.search(rf"error: .*other arguments {said}.*--no-resume", message), message
+    message = run_stage("mae_pretrain", line, "--lr 2e-3 --pred_t_dim 16")
+    said = r"\(--lr was 0.001, is 0.002; --pred_t_dim was None, is 16\)"
+    assert re.search(rf"error: .*other arguments {said}.*--no-resume", message), message
     message = run_stage("finetune_cls", line_of("finetune_cls", videos, other_run))
     assert "--stage was mae_pretrain, is finetune_cls" in message
     assert (other_run / "checkpoint.pt").read_bytes() == before
