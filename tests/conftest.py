@@ -1,6 +1,5 @@
 """What several tests need: small videos, made once, and ways to run a stage: here, or in processes of its own."""
 
-import csv
 import importlib
 import itertools
 import json
@@ -68,40 +67,40 @@ def process():
     torch.set_num_threads(threads)
 
 
-def make_videos(folder, counts):
-    """Demo videos in the official layout of Kinetics; their classes are the first shapes."""
-    for split, count in counts.items():
+def make_videos(folder, videos, movies):
+    """Demo videos in the official layout of Kinetics; their classes are shapes. AVA's files in ava/."""
+    for split, count in videos.items():
         (folder / split).mkdir()
-        with open(folder / f"{split}.csv", "w", newline="") as file:
-            rows = csv.writer(file)
-            rows.writerow(["label", "youtube_id", "time_start", "time_end", "split"])
-            for i in range(count):
-                shape, motion = [*data.DEMO_SHAPES][i], data.DEMO_MOTIONS[i % 6]
-                path = folder / split / f"{split}{i}_000005_000008.mp4"
-                seed = i + 100 * (split == "val")
-                frames, _ = data.draw_scene(seed, [(shape, motion, 0.5)], radius=(14.5, 18))
-                data.write_video(path, frames, data.DEMO_FPS)
-                rows.writerow([shape, f"{split}{i}", 5, 8, split])
+        rows = ["label,youtube_id,time_start,time_end,split"]
+        for i in range(count):
+            shape, motion = [*data.DEMO_SHAPES][i % 8], data.DEMO_MOTIONS[i % 6]
+            seed = i + 100 * (split == "val")
+            frames, _ = data.draw_scene(seed, [(shape, motion, 0.5)], radius=(14.5, 18))
+            path = folder / split / f"{split}{i}_000005_000008.mp4"
+            data.write_video(path, frames, data.DEMO_FPS)
+            rows.append(f"{shape},{split}{i},5,8,{split}")
+        (folder / f"{split}.csv").write_text("\n".join(rows))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(data.DEMO_VIDEOS, "ava", movies)
+        data.make_demo_ava("ava", folder / "ava")
     return folder
 
 
 @pytest.fixture(scope="session")
+def videos(tmp_path_factory):
+    """8 videos to train on, 5 to validate, which 2 and 3 do not divide; as many keyframes."""
+    folder = tmp_path_factory.mktemp("videos")
+    return make_videos(folder, dict(train=8, val=5), dict(train=4, val=3))
+
+
+@pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """12 videos of 8 classes to train on, in train.txt, and 1 to test on; AVA's files in ava/.
+    """12 videos of 8 classes to train on, and 1 to test on; a keyframe of AVA's is excluded.
 
     Of the boxes detected in AVA's training movies a third each has a score above, at and below 0.8.
     """
     folder = tmp_path_factory.mktemp("folder")
-    for split, count in {"train": 12, "val": 1}.items():
-        for i in range(count):
-            shape, motion = [*data.DEMO_SHAPES][i % 8], data.DEMO_MOTIONS[i % 6]
-            frames, _ = data.draw_scene(i, [(shape, motion, 0.5)], radius=(14.5, 18))
-            data.write_video(folder / f"{split}{i}.mp4", frames, 15)
-        lines = [f"{split}{i}.mp4 {i % 8}\n" for i in range(count)]
-        (folder / f"{split}.txt").write_text("".join(lines))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(data.DEMO_VIDEOS, "ava", dict(train=6, val=1))
-        data.make_demo_ava("ava", folder / "ava")
+    make_videos(folder, dict(train=12, val=1), dict(train=6, val=1))
     file = folder / "ava" / "annotations" / "ava_detection_train_boxes_and_labels.csv"
     lines, scores = file.read_text().splitlines(), itertools.cycle([0.95, 0.8, 0.79])
     file.write_text("".join(f"{line.rpartition(',')[0]},{next(scores)}\n" for line in lines))
@@ -120,16 +119,6 @@ STAGES = {  # 12 steps of 4 of 8 videos or keyframes
     "finetune_cls": "--epochs 12 --repeat_aug 2 --drop_path 0.2 --num_classes 8 --views 2x3",
     "finetune_ava": "--epochs 6 --drop_path 0.2 --rel_pos --video_start 900",
 }
-
-
-@pytest.fixture(scope="session")
-def videos(tmp_path_factory):
-    """8 videos to train on, 5 to validate, which 2 and 3 do not divide; in ava/ as many keyframes."""
-    folder = make_videos(tmp_path_factory.mktemp("videos"), {"train": 8, "val": 5})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(data.DEMO_VIDEOS, "ava", {"train": 4, "val": 3})
-        data.make_demo_ava("ava", folder / "ava")
-    return folder
 
 
 def line_of(stage, videos, out, *more):
@@ -293,7 +282,6 @@ def whole(videos, tmp_path_factory):
             out = tmp_path_factory.mktemp("whole")
             code, text = start(stage, line_of(stage, videos, out, *more), processes, harm).finish()
             assert code == 0, text
-            (out / "printed.txt").write_text(text)
             made[key] = out
         return made[key]
 
@@ -304,21 +292,17 @@ def whole(videos, tmp_path_factory):
 def bad_files(videos, whole, tmp_path_factory):
     """A folder of files that are of no use."""
     folder = tmp_path_factory.mktemp("bad")
-    for name in ("lists", "unknown", "noval/train/walk", "broken"):
+    for name in ("lists", "noval/train/walk", "broken"):
         (folder / name).mkdir(parents=True)
     video = videos / "train" / "train0_000005_000008.mp4"
-    header = "label,youtube_id,time_start,time_end,split\n"
     for name, text in {
         "lists/train.csv": 4 * f"{video} 0\n{video} 7\n",
-        "unknown/train.csv": f"{header}walk,a,0,1,train\n",
-        "unknown/val.csv": f"{header}dance,a,0,1,val\n",
         **dict.fromkeys(["text.mp4", *(f"broken/{name}.mp4" for name in "abcd")], "words"),
         "other.csv": "other,0902,0.1,0.1,0.5,0.5,1,0.9\n",
         "text.csv": "text,0.5,0.1,0.1,0.5,0.5\n",
         "empty.csv": "",
     }.items():
         (folder / name).write_text(text)
-    encode(folder / "unknown" / "a_000000_000001.mp4", noise_frames(8))
     encode(folder / "noval" / "train" / "walk" / "a.mp4", noise_frames(8))
     torch.save(checkpoint_of(whole("mae_pretrain"))["model"], folder / "weights.pt")
     return folder

@@ -66,7 +66,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(stage, r
 def test_top5_is_not_top1_and_a_video_that_cannot_be_read_is_wrong(folder, run, tmp_path):
     labels = [0, 1, 4, 5, 0]  # every video is taken for class 0, then 1, 2, ...; the last is broken
     for i in range(4):
-        (tmp_path / f"{i}.mp4").symlink_to(folder / f"train{i}.mp4")
+        (tmp_path / f"{i}.mp4").symlink_to(folder / "train" / f"train{i}_000005_000008.mp4")
     (tmp_path / "4.mp4").write_text("words")
     (tmp_path / "val.txt").write_text("".join(f"{i}.mp4 {n}\n" for i, n in enumerate(labels)))
     classifier = model.Classifier(**ENCODER, num_classes=8)

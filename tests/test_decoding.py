@@ -197,16 +197,6 @@ def test_the_duration_counts_from_the_first_frame(name, tmp_path):
         assert video.duration == pytest.approx(80 / 30, abs=0.05)
 
 
-@pytest.mark.parametrize("name", ["a.mp4", "a.avi"])
-def test_no_packet_is_decoded_twice(name, tmp_path):
-    path = encode(tmp_path / name, noise_frames(120), options={"g": "12", "bf": "2"})
-    for seed in range(4):
-        with data.Video(path) as video:
-            video.codec = Recorder(video.codec)
-            video.frames(draw_times(video.duration, seed))
-        assert len(video.codec.fed) == len(set(video.codec.fed)) > 0
-
-
 def test_only_what_wanted_frames_need_is_decoded(tmp_path):
     options = {"g": "12", "bf": "0", "sc_threshold": "0"}
     path = encode(tmp_path / "a.mp4", noise_frames(120), options=options)

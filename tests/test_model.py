@@ -2,8 +2,11 @@
 
 import json
 import math
+import os
+import pickle
 import zlib
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -386,23 +389,37 @@ def test_loading_says_what_it_did_and_drops_the_head_of_another_class_count(tmp_
     assert torch.equal(same.head.weight, old.head.weight)
 
 
+class Code:
+    """Makes a file when it is read from a pickle."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
 @pytest.mark.parametrize("name, changes, error", [
     ("tiny.pt", dict(embed_dim=64), r"does not fit.*cls_token is \[1, 1, 32\].*is --model"),
     ("tiny.pt", dict(depth=3), "does not fit this model: blocks.2.norm1.weight is missing"),
     ("absent.pt", {}, "no such checkpoint"),
     ("text.pt", {}, r"not a checkpoint that can be read: no file of PyTorch"),
     ("code.pt", {}, r"not a checkpoint that can be read: it holds more than tensors"),
+    ("pickle.pt", {}, r"not a checkpoint that can be read"),
     ("empty.pt", {}, "holds no weights"),
 ])  # fmt: skip
-def test_checkpoints_that_do_not_fit_are_refused_by_name(name, changes, error, tmp_path):
-    state = {"model": tiny().state_dict()}
-    contents = {"tiny.pt": state, "code.pt": state | {"args": tmp_path}, "empty.pt": {"epoch": 3}}
+def test_checkpoints_that_do_not_fit_or_hold_code_are_refused_by_name(
+    name, changes, error, tmp_path
+):
+    state, code = {"model": tiny().state_dict()}, Code(tmp_path / "RAN")
+    contents = {"tiny.pt": state, "code.pt": state | {"step": code}, "empty.pt": {"epoch": 3}}
     for file, content in contents.items():
         torch.save(content, tmp_path / file)
     (tmp_path / "text.pt").write_text("not a checkpoint")
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps(code))
     with pytest.raises(ValueError, match=f"/{name}: {error}") as caught:
         load_pretrained(tiny(**changes), tmp_path / name)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and not (tmp_path / "RAN").exists()
 
 
 # ---------------------------------------------------------------------------------- detector
@@ -424,13 +441,8 @@ def attend_with_bias(attention, x, grid):
 
 @pytest.mark.parametrize("grid", [(4, 3, 3), (4, 3, 5), (2, 6, 4)])  # the model's own, and others
 def test_extended_q_and_k_equal_the_bias_matrix_but_need_none(grid, monkeypatch):
-    masks, attend = [], F.scaled_dot_product_attention
-
-    def note(q, k, v, attn_mask=None, **settings):
-        masks.append(attn_mask)
-        return attend(q, k, v, attn_mask, **settings)
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", note)
+    attend = Mock(wraps=F.scaled_dot_product_attention)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
     torch.manual_seed(0)
     attention, results = m.RelPosAttention(24, 3, (4, 3, 3)).double(), []
     for name in "thw":
@@ -440,7 +452,8 @@ def test_extended_q_and_k_equal_the_bias_matrix_but_need_none(grid, monkeypatch)
         gradients = torch.autograd.grad(output.sin().sum(), [x, *attention.parameters()])
         results.append([output.detach(), *gradients])
     assert_close(*results, atol=1e-5, rtol=1e-5)  # fp32 when resizing
-    assert masks[0] is None  # no N x N matrix: flash kernels take it
+    ours, theirs = (call.kwargs.keys() for call in attend.call_args_list)
+    assert "attn_mask" in theirs - ours  # no N x N matrix: flash kernels take it
 
 
 def test_relative_positions_load_and_resize_do_not_decay_and_change_nothing_at_the_start(tmp_path):

@@ -19,7 +19,7 @@ def test_the_features_example_runs_as_it_stands(folder, tmp_path, monkeypatch, c
     content = dict(model=model.MAE(**config).state_dict(), args=vars(args), config=config)
     Path(args.output_dir).mkdir(parents=True)
     model.save_checkpoint(args.output_dir, content)
-    (tmp_path / "a.mp4").symlink_to(folder / "train0.mp4")
+    (tmp_path / "a.mp4").symlink_to(folder / "train" / "train0_000005_000008.mp4")
     code = re.search(r"```python\n(.*?)```", README, re.S)[1]
     exec(code, {})
     assert capsys.readouterr().out.endswith("torch.Size([1, 128, 128]) torch.Size([1, 128])\n")

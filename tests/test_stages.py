@@ -229,10 +229,9 @@ def test_each_sample_counts_once_on_two_processes(stage, whole, videos, tmp_path
         if stage == "finetune_ava":
             rows = (out / "detections.csv").read_text().splitlines()
             detections.append([row[: row.rindex(",")] for row in rows])  # but for the score
-    assert results[0] == pytest.approx(results[1]) if stage == "finetune_cls" else True
+    one, two = ({k: v for k, v in result.items() if k != "per_class"} for result in results)
+    assert one == pytest.approx(two)
     if stage == "finetune_ava":
-        assert results[0]["mAP"] == pytest.approx(results[1]["mAP"])
-        assert results[0]["keyframes"] == results[1]["keyframes"]
         assert sorted(detections[0]) == sorted(detections[1])
 
 
