@@ -151,7 +151,9 @@ def folder(tmp_path):
             write_csv(notes / "person_box_67091280_iou90" / f"ava_detection_{end}", *detected)
     (notes / "ava_action_list_v2.1_for_activitynet_2018.pbtxt").write_text("")
     last = notes / "ava_action_list_v2.2_for_activitynet_2019.pbtxt"
-    last.write_text('item {\n  name: "listen to (a person)"\n  id: 74\n}\nitem { name: "x" id: 3 }')
+    last.write_text(
+        'label {\n  name: "listen to (a person)"\n  label_id: 74\n  label_type: "X"\n}\n'
+    )
     for name in "abd":
         write_csv(tmp_path / "videos" / f"{name}.mkv")
     return tmp_path
@@ -166,6 +168,7 @@ def test_files_are_found_by_the_names_they_are_distributed_with(folder):
         "boxes": f"{boxes}_train_boxes_and_labels_v2.2.csv",
         "action_list": "ava_action_list_v2.2_for_activitynet_2019.pbtxt",
     }
+    assert data.read_action_list(files["action_list"]) == {74: "listen to (a person)"}
     given = data.find_ava(parse(f"--data {folder} --boxes mine.csv"), "val")
     assert given["boxes"] == "mine.csv" and given["ground_truth"] == notes / "ava_val_v2.2.csv"
     (notes / "ava_val_v2.2.csv").unlink()
@@ -202,15 +205,6 @@ def test_training_takes_true_boxes_and_sure_ones_and_a_test_detected_ones_alone(
         read_keyframes(folder, "val", "--detection_threshold 2")
     with pytest.raises(InputError, match=r"1 of 3 movies are not below .*videos: c; --videos says"):
         read_keyframes(folder, "train", "")
-
-
-def test_action_lists_in_both_forms(folder, tmp_path):
-    path, other = tmp_path / "a.pbtxt", data.find_ava(parse(f"--data {folder}"), "val")
-    path.write_text('label {\n  name: "walk"\n  label_id: 14\n  label_type: PERSON_MOVEMENT\n}\n')
-    assert data.read_action_list(path) == {14: "walk"}
-    assert data.read_action_list(other["action_list"]) == {74: "listen to (a person)", 3: "x"}
-    with pytest.raises(InputError, match=r"v2.2.csv: no action list; expected entries"):
-        data.read_action_list(other["ground_truth"])
 
 
 # -------------------------------------------------------------------------------------- the clips

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-import finetune_cls
 import model as m
 from model import MAE, Classifier, Detector, load_pretrained, parameter_groups, patchify, unpatchify
 
@@ -220,6 +219,15 @@ def test_target_is_the_first_frame_of_each_tubelet():
         tiny(pred_t_dim=5)
 
 
+def test_the_target_of_a_flat_patch_is_0_and_of_a_nearly_flat_one_is_damped():
+    mae, flat = tiny(norm_pix_loss=True), torch.full((1, 3, 8, 32, 32), 0.3)
+    for video in flat, flat + 1e-3 * torch.randn(flat.shape):  # variances of 0 and about 1e-6
+        pixels = patchify(video[:, :, ::2], 8, 1)
+        variance, mean = torch.var_mean(pixels, -1, keepdim=True)
+        expected = (pixels - mean) / (variance + 1e-6).sqrt()
+        assert_close(mae.patchify_target(patchify(video, 8, 2)), expected)
+
+
 @pytest.mark.parametrize("ratio", [0.5, 0.75, 0.9, 0.95])
 @pytest.mark.parametrize("mask_type", m.MASK_TYPES)
 def test_masks_have_exact_counts_and_structure(mask_type, ratio):
@@ -251,27 +259,6 @@ def test_agnostic_masking_is_uniform_over_tokens():
         noise = m.random_mask((4, 4, 4), 0.75)
         counts[noise.argsort()[:16]] += 1
     assert (counts / 2000 - 0.25).abs().max() < 0.05  # 5 standard deviations
-
-
-def test_patchify_is_inverted_exactly_and_drops_the_remainder():
-    video = torch.randint(0, 256, (2, 3, 9, 50, 39), dtype=torch.uint8)
-    tubelets = patchify(video, 16, 2)
-    assert tubelets.shape == (2, 4 * 3 * 2, 2 * 16 * 16 * 3)
-    assert torch.equal(unpatchify(tubelets, (4, 3, 2), 16), video[:, :, :8, :48, :32])
-    one = video[1, :, 2:4, :16, 16:32].permute(1, 2, 3, 0).flatten()
-    assert torch.equal(tubelets[1, 7], one)
-
-
-def test_masked_fine_tuning_keeps_exact_counts_along_the_cosine_and_ends_unmasked():
-    classifier, seen = Classifier(4, **ENCODER), []
-    count = lambda block, args: seen.append(args[0].shape[1] - 1)  # noqa: E731
-    classifier.blocks[0].register_forward_pre_hook(count)
-    for step in range(11):
-        ratio = finetune_cls.mask_ratio_at(step, 11, 0.75)
-        assert ratio == pytest.approx(0.75 * (1 + math.cos(math.pi * step / 10)) / 2)
-        classifier(clip(classifier), ratio, torch.rand(2, 64))
-        assert seen[-1] == int(64 * (1 - ratio))
-    assert seen[0] == 16 and seen[-1] == 64
 
 
 # -------------------------------------------------------------------------------------- encoder
@@ -314,6 +301,31 @@ def test_a_linear_probe_trains_norm_and_head_alone_without_drop_path(name):
     trained = {key for key, p in model.named_parameters() if p.grad is not None}
     assert trained == {"norm.weight", "norm.bias", "head.weight", "head.bias"}
     assert torch.equal(loss, loss_of(model, 0))
+
+
+@pytest.mark.parametrize("kind, rate", [(Classifier, 0.3), (Detector, 0.6)])
+def test_drop_path_rises_linearly_with_depth_and_keeps_the_mean(kind, rate):
+    torch.manual_seed(0)
+    model, x = kind(4, drop_path=rate, **ENCODER | {"depth": 5}), torch.randn(2000, 1, 32)
+    for i, block in enumerate(model.blocks):
+        torch.nn.init.zeros_(block.attn.proj.weight)  # leaves the other branch alone
+        with torch.no_grad():
+            branch, kept = block.eval()(x, None) - x, block.train()(x, None) - x
+        dropped = kept.abs().amax((1, 2)) == 0
+        assert dropped.float().mean().item() == pytest.approx(rate * i / 4, abs=0.04)
+        expected = branch[~dropped] / (1 - rate * i / 4)
+        assert_close(kept[~dropped], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["Classifier", "Detector"])
+def test_dropout_stands_before_the_head_in_training_alone(name):
+    model, shares = THREE_MODELS[name](dropout=0.3), []
+    model.head.register_forward_pre_hook(
+        lambda _, args: shares.append((args[0] == 0).float().mean())
+    )
+    for training in (True, False):
+        loss_of(model.train(training), 0)
+    assert shares[0].item() == pytest.approx(0.3, abs=0.15) and shares[1] == 0
 
 
 # -------------------------------------------------------------------------------------- weights
@@ -390,13 +402,8 @@ def test_loading_says_what_it_did_and_drops_the_head_of_another_class_count(tmp_
 
 
 class Code:
-    """Makes a file when it is read from a pickle."""
-
-    def __init__(self, path):
-        self.path = path
-
     def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
+        return os.system, ("touch RAN",)
 
 
 @pytest.mark.parametrize("name, changes, error", [
@@ -409,17 +416,18 @@ class Code:
     ("empty.pt", {}, "holds no weights"),
 ])  # fmt: skip
 def test_checkpoints_that_do_not_fit_or_hold_code_are_refused_by_name(
-    name, changes, error, tmp_path
+    name, changes, error, tmp_path, monkeypatch
 ):
-    state, code = {"model": tiny().state_dict()}, Code(tmp_path / "RAN")
+    monkeypatch.chdir(tmp_path)
+    state, code = {"model": tiny().state_dict()}, Code()
     contents = {"tiny.pt": state, "code.pt": state | {"step": code}, "empty.pt": {"epoch": 3}}
     for file, content in contents.items():
-        torch.save(content, tmp_path / file)
-    (tmp_path / "text.pt").write_text("not a checkpoint")
-    (tmp_path / "pickle.pt").write_bytes(pickle.dumps(code))
+        torch.save(content, file)
+    Path("text.pt").write_text("not a checkpoint")
+    Path("pickle.pt").write_bytes(pickle.dumps(code))
     with pytest.raises(ValueError, match=f"/{name}: {error}") as caught:
-        load_pretrained(tiny(**changes), tmp_path / name)
-    assert "\n" not in str(caught.value) and not (tmp_path / "RAN").exists()
+        load_pretrained(tiny(**changes), f"{tmp_path}/{name}")
+    assert "\n" not in str(caught.value) and not Path("RAN").exists()
 
 
 # ---------------------------------------------------------------------------------- detector

@@ -8,7 +8,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import checkpoint_of, entries, json_of, line_of, run_stage, start
+from conftest import STAGES, checkpoint_of, entries, json_of, line_of, run_stage, start
+from torch.nn.modules.module import register_module_forward_hook
 
 import data
 import finetune_ava
@@ -103,6 +104,8 @@ def test_a_model_without_a_rate_in_the_table_needs_one(stage, line, layer_decay)
 
 # ------------------------------------------------------------------------------- what a run leaves
 
+ONE_STEP = dict(zip(STAGES, ("--epochs 2", "--epochs 1", "--epochs 0.5")))
+
 
 def test_a_pre_training_run_leaves_what_the_readme_says(whole):
     out = whole("mae_pretrain")
@@ -164,6 +167,31 @@ def test_checkpoints_follow_the_clock_not_the_passes(minutes, steps, videos, tmp
     monkeypatch.setattr(m, "save_checkpoint", lambda *a: [writes.append(a[1]["step"]), save(*a)])
     line = line_of("mae_pretrain", videos, tmp_path, f"--save_minutes {minutes}")
     assert run_stage("mae_pretrain", line) == "" and writes == steps
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_linear_layers_compute_in_bf16_where_that_is_asked_for(stage, videos, tmp_path):
+    seen = set()
+
+    def note(module, _, output):
+        if isinstance(module, torch.nn.Linear) and module.training and not output.is_meta:
+            seen.add(output.dtype)
+
+    with register_module_forward_hook(note):
+        line = line_of(stage, videos, tmp_path, ONE_STEP[stage], "--precision bf16")
+        assert run_stage(stage, line) == ""
+    assert seen == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(stage, videos, tmp_path):
+    def harm(module, _, output):
+        if isinstance(module, torch.nn.Linear) and output.requires_grad:
+            output.register_hook(lambda gradient: gradient * np.inf)
+
+    with register_module_forward_hook(harm):
+        message = run_stage(stage, line_of(stage, videos, tmp_path, ONE_STEP[stage]))
+    assert re.search(r"loss \d+\.\d+, gradient norm (nan|inf)", message), message
 
 
 def test_a_linear_probe_trains_the_head_and_its_norm_alone(videos, tmp_path, whole):
@@ -233,6 +261,37 @@ def test_each_sample_counts_once_on_two_processes(stage, whole, videos, tmp_path
     assert one == pytest.approx(two)
     if stage == "finetune_ava":
         assert sorted(detections[0]) == sorted(detections[1])
+
+
+def test_top5_is_not_top1_and_a_video_that_cannot_be_read_is_wrong(whole, videos, tmp_path):
+    labels = [0, 1, 4, 5, 0]  # every video is taken for class 0, then 1, 2, ...; the last is broken
+    for i, path in enumerate(sorted((videos / "val").iterdir())[:4]):
+        (tmp_path / f"{i}.mp4").symlink_to(path)
+    (tmp_path / "4.mp4").write_text("words")
+    (tmp_path / "val.txt").write_text("".join(f"{i}.mp4 {n}\n" for i, n in enumerate(labels)))
+    checkpoint = checkpoint_of(whole("finetune_cls"))
+    checkpoint["model"]["head.weight"].zero_()
+    checkpoint["model"]["head.bias"] = -torch.arange(8.0)
+    torch.save(checkpoint, tmp_path / "a.pt")
+    line = f"--eval --init {tmp_path}/a.pt --data {tmp_path} --output_dir {tmp_path}"
+    assert run_stage("finetune_cls", line) == ""
+    expected = dict(top1=20, top5=60, videos=5, unreadable=1)
+    assert {name: json_of(tmp_path)[name] for name in expected} == pytest.approx(expected)
+
+
+def test_each_action_has_a_sigmoid_of_its_own(whole, tmp_path):
+    checkpoint = checkpoint_of(whole("finetune_ava"))
+    checkpoint["model"]["head.weight"].zero_()
+    bias = torch.linspace(-3, 3, len(checkpoint["model"]["head.bias"]))
+    checkpoint["model"]["head.bias"] = bias
+    torch.save(checkpoint, tmp_path / "a.pt")
+    line = f"--eval --init {tmp_path}/a.pt --output_dir {tmp_path}"
+    assert run_stage("finetune_ava", line) == ""
+    scores = {}  # of all boxes alike
+    for *_, action, score in csv.reader((tmp_path / "detections.csv").open()):
+        scores[int(action)] = float(score)
+    expected = {i: 1 / (1 + np.exp(-bias[i - 1].item())) for i in range(1, 13)}
+    assert scores == pytest.approx(expected, abs=1e-5)
 
 
 def test_predict_prints_the_five_likeliest_classes(whole, videos, tmp_path, capsys):
