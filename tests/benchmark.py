@@ -1,9 +1,9 @@
-"""How fast it is, as shares of limits that are measured in the same run: the same on a laptop and on a GPU.
+"""How fast it is, as shares of limits that are measured in the same run: on a laptop as on a GPU.
 
-    python tests/benchmark.py step                     pre-training step at each mask ratio; fine-tuning, masked and not
+    python tests/benchmark.py step                pre-training step at each mask ratio; fine-tuning
     python tests/benchmark.py step --model vit_l --clips 1 --ratios 0 0.9
-    python tests/benchmark.py data [VIDEO ...]         loading, on one core, against decoding alone
-    python tests/benchmark.py plan --gpus 8            what whole runs take: hours, and cores to decode with
+    python tests/benchmark.py data [VIDEO ...]    loading, on one core, against decoding alone
+    python tests/benchmark.py plan --gpus 8       what whole runs take: hours, and cores to decode with
 
 What was tried for speed, and what it gave, stands in tests/RESULTS.md.
 """

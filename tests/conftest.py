@@ -184,13 +184,6 @@ def family(pid):
     return [pid, *(one for child in children for one in family(int(child)))]
 
 
-def ranks_of(launcher):
-    """The processes that torchrun has started, by rank."""
-    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    there = [pid for pid in children if "--model" in Path(f"/proc/{pid}/cmdline").read_text()]
-    return sorted(map(int, there))
-
-
 def start(stage, line, processes=1, harm="", launcher="fork", restarts=0):
     """Start a stage in processes of its own: a Job. harm: code to run first, in each of them.
 
@@ -292,7 +285,7 @@ def whole(videos, tmp_path_factory):
 def bad_files(videos, whole, tmp_path_factory):
     """A folder of files that are of no use."""
     folder = tmp_path_factory.mktemp("bad")
-    for name in ("lists", "noval/train/walk", "broken"):
+    for name in ("lists", "broken"):
         (folder / name).mkdir(parents=True)
     video = videos / "train" / "train0_000005_000008.mp4"
     for name, text in {
@@ -303,6 +296,4 @@ def bad_files(videos, whole, tmp_path_factory):
         "empty.csv": "",
     }.items():
         (folder / name).write_text(text)
-    encode(folder / "noval" / "train" / "walk" / "a.mp4", noise_frames(8))
-    torch.save(checkpoint_of(whole("mae_pretrain"))["model"], folder / "weights.pt")
     return folder

@@ -1,14 +1,13 @@
-"""What the paper found, in small: every figure of the README's tables on the demo, by the stages' own commands.
+"""What the paper found, in small: every figure of the README's tables on the demo, by its commands.
 
-    python tests/demo_study.py pays        does pre-training pay? classification, each side at its best; 3 seeds
+    python tests/demo_study.py pays        does pre-training pay? each side at its best; 3 seeds
     python tests/demo_study.py detects     the same for detection
-    python tests/demo_study.py search      the search for each side's best learning rate, decay and length
-    python tests/demo_study.py ablations   masking, ratio, decoder, repeated sampling, masked fine-tuning, image start
+    python tests/demo_study.py search      each side's best learning rate, decay and length
+    python tests/demo_study.py ablations   masking, ratio, decoder, repeated sampling, image start
     python tests/demo_study.py             all of it: hours
 
-Each run is a folder below --folder (default runs/study), and is not repeated where it has ended: stop the study when you
-like, the same command goes on. As many runs at once as there are cores, each on one: the figures are those of the
-commands that are printed, to float tolerance; times are those of one core.
+Each run is a folder below --folder, and is not repeated where it has ended: the same command goes on.
+As many runs at once as there are cores, each on one: times are those of one core.
 """
 
 import argparse
@@ -63,12 +62,10 @@ class Study:
             if code:
                 raise SystemExit(f"{' '.join(line)} ended with {code}: see {out}/output.txt")
             log = [json.loads(entry) for entry in (out / "log.jsonl").read_text().splitlines()]
-            batch = json.loads((out / "args.json").read_text())
-            clips = batch["batch_size"] * batch["repeat_aug"] * batch["log_interval"]
-            results = {
-                "loss": log[-1]["loss"],
-                "seconds": sum(clips / entry["clips_per_s"] for entry in log),
-            }
+            args = json.loads((out / "args.json").read_text())
+            clips = args["batch_size"] * args["repeat_aug"] * args["log_interval"]
+            seconds = sum(clips / entry["clips_per_s"] for entry in log)
+            results = dict(loss=log[-1]["loss"], seconds=seconds)
             if (out / "results.json").exists():
                 results |= json.loads((out / "results.json").read_text())
             done.write_text(json.dumps(results))

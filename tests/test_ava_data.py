@@ -90,7 +90,7 @@ def plain_average_precision(truth, detections, action):
     return sum(max(precision[i:]) for i in range(len(precision))) / sum(map(len, people.values()))
 
 
-@pytest.mark.parametrize("digits", [1, 2, 6])
+@pytest.mark.parametrize("digits", [1, 6])
 def test_equal_scores_are_ordered_as_the_official_evaluator_has_them(digits, score, tmp_path):
     rng, all_rows = np.random.RandomState(digits), []
     for count in (300, 3000):  # of truth, and of detections

@@ -11,6 +11,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from conftest import run_stage
 
 import data
 import finetune_cls
@@ -21,12 +22,6 @@ from model import InputError
 
 SMALL = "--model vit_demo --img_size 16 --epochs 1 --batch_size 4 --precision fp32 --num_workers"
 HEAD = "label,youtube_id,time_start,time_end,split\n"
-
-
-def run_stage(stage, line, monkeypatch):
-    """Run a stage's main() in this process."""
-    monkeypatch.setattr("sys.argv", [stage.__name__, *line.split()])
-    stage.main()
 
 
 def write(folder, *names, text="", encoding=None):
@@ -151,7 +146,7 @@ def test_readers_of_lists_and_mask_types_can_be_added_from_outside(videos, tmp_p
     first_mask = Mock(side_effect=lambda grid, ratio, generator=None: torch.arange(32.0))
     monkeypatch.setitem(model.MASK_TYPES, "mine", first_mask)
     line = f"{SMALL} 0 --data {tmp_path} --videos {videos} --output_dir {tmp_path}/run"
-    run_stage(mae_pretrain, f"{line} --mask_type mine --mask_ratio 0.5", monkeypatch)
+    assert run_stage("mae_pretrain", line, "--mask_type mine --mask_ratio 0.5") == ""
     assert first_mask.call_count >= 8 and first_mask.call_args.args == ((8, 2, 2), 0.5)
 
 
