@@ -30,7 +30,6 @@ import finetune_cls
 import mae_pretrain
 import model as m
 
-DEMO_CLIP = dict(img_size=32)
 DEMO_DECODER = dict(decoder_embed_dim=64, decoder_depth=1, decoder_num_heads=1)
 RATIOS = 0, 0.5, 0.75, 0.9, 0.95
 
@@ -71,10 +70,9 @@ def matrix_rate(device, precision):
 
 def build(task, size, device="cpu", again=False):
     """The model of a stage, and a function of (video, mask_ratio, noise) that gives its loss."""
-    config = m.SIZES[size] | dict(grad_checkpointing=again)
-    decoder = {}
+    config, decoder = m.SIZES[size] | dict(grad_checkpointing=again), {}
     if size == "vit_demo":
-        config, decoder = config | DEMO_CLIP, DEMO_DECODER
+        config, decoder = config | dict(img_size=32), DEMO_DECODER
     with torch.device(device):
         if task == "pretrain":
             return m.MAE(**config, **decoder), lambda mae, *clips: mae(*clips)[0]
@@ -102,19 +100,10 @@ def step_flops(task, size, ratio):
     return counter.get_total_flops()
 
 
-def matrix_attention(self, x, grid=None):
-    """Attention as it was before flash kernels: the N x N matrices of all heads are held, and kept to go backward."""
-    q, k, v = self.project(x)
-    weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)  # (B, heads, N, N)
-    return self.proj((weights @ v).transpose(1, 2).flatten(2))
-
-
-def run_step(task, size, ratio, clips, device, precision, compiled, plain=False, again=False):
+def run_step(task, size, ratio, clips, device, precision, compiled, again=False):
     """Time forward + backward + optimizer; in a process of its own, whose memory tells. Prints nothing: a dict."""
     settings = argparse.Namespace(device=device, model=size, precision=precision, compile=compiled)
     device = m.start_process(settings)
-    if plain:
-        m.Attention.forward = matrix_attention
     rate = matrix_rate(device, precision)
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     model, loss_of = build(task, size, device, again)
@@ -149,13 +138,6 @@ def alone(function, *args, **kwargs):
         return pool.apply(function, args, kwargs)
 
 
-def report(name, flops, clips, row):
-    share = flops * clips / row["seconds"] / row["rate"]
-    print(f"{name:34}{row['seconds']:9.3f} s{clips / row['seconds']:9.2f}", end="")
-    print(f"{row['memory'] / 2**30:9.2f} GiB{flops / 1e9:10.1f}", end="")
-    print(f"{row['rate'] / 1e12:9.3f}{share:8.0%}", flush=True)
-
-
 def masked_schedule(times, start, steps=1000):
     """Mean time of a step whose mask ratio falls from `start` to 0 along the cosine of finetune_cls (Table 11)."""
     ratios = sorted(times)
@@ -167,8 +149,12 @@ def benchmark_step(args):
     def measure(task, ratio, name, **more):
         setting = args.clips, args.device, args.precision, args.compile
         row = alone(run_step, task, args.model, ratio, *setting, **more)
-        report(name, step_flops(task, args.model, ratio), args.clips, row)
-        return row
+        flops, taken = step_flops(task, args.model, ratio), row["seconds"]
+        print(f"{name:34}{taken:9.3f} s{args.clips / taken:9.2f}", end="")
+        print(f"{row['memory'] / 2**30:9.2f} GiB{flops / 1e9:10.1f}", end="")
+        share = flops * args.clips / taken / row["rate"]
+        print(f"{row['rate'] / 1e12:9.3f}{share:8.0%}", flush=True)
+        return taken
 
     how = f"{args.precision} on {args.device}{', compiled' if args.compile else ''}"
     print(f"{args.model}, {args.clips} clips, {how}")
@@ -176,21 +162,16 @@ def benchmark_step(args):
     print(f"{'GFLOP/clip':>12}  matrix TFLOP/s   share")
     times = {}
     for ratio in args.ratios:
-        row = measure("pretrain", ratio, f"pre-train, {ratio:.0%} masked")
-        times[ratio] = row["seconds"]
+        times[ratio] = measure("pretrain", ratio, f"pre-train, {ratio:.0%} masked")
         if ratio == 0.9:
-            plain = measure("pretrain", ratio, "  with N x N attention", plain=True)
-            again = measure("pretrain", ratio, "  with --grad_checkpointing", again=True)
-            shares = ", ".join(f"{r['memory'] / plain['memory']:.2f}" for r in (row, again))
-            print(f"  memory, as a share of N x N attention's; with --grad_checkpointing: {shares}")
+            measure("pretrain", ratio, "  with --grad_checkpointing", again=True)
     if 0 in times and 0.9 in times:
         gain = times[0] / times[0.9]
         print(f"90 % masked is {gain:.1f} x faster than none (paper: 4.1; bar for ViT-L: 4.5)")
     if args.finetune:
         times = {}
         for ratio in (0, 0.25, 0.5, 0.75):
-            row = measure("finetune", ratio, f"fine-tune, {ratio:.0%} masked")
-            times[ratio] = row["seconds"]
+            times[ratio] = measure("finetune", ratio, f"fine-tune, {ratio:.0%} masked")
         for start, paper in ((0.5, 1.2), (0.75, 1.3)):
             gain = times[0] / masked_schedule(times, start)
             name = f"whole fine-tuning, masked from {start:.0%} to 0"

@@ -30,13 +30,15 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # figures are compared on the CPU
 tqdm.monitor_interval = 0  # its thread would be lost in a fork
 
 
-def encode(path, frames, rate=30, codec="libx264", options=None, times=None, start=0, **more):
+def encode(
+    path, frames, rate=30, codec="libx264", pix_fmt="yuv420p", options=None, times=None, start=0
+):
     """Write frames (T, H, W, 3) with any codec, at any time stamps (in 1/rate s), to any container."""
     shift = {"avoid_negative_ts": "disabled"} if start else {}
     with av.open(str(path), "w", options=shift) as container:
         stream = container.add_stream(codec, rate=rate, options=options or {})
         stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = more.get("pix_fmt", "yuv420p")
+        stream.pix_fmt = pix_fmt
         stream.codec_context.thread_count = 1
         for i, frame in enumerate(frames):
             picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
@@ -292,8 +294,6 @@ def bad_files(videos, whole, tmp_path_factory):
         "lists/train.csv": 4 * f"{video} 0\n{video} 7\n",
         **dict.fromkeys(["text.mp4", *(f"broken/{name}.mp4" for name in "abcd")], "words"),
         "other.csv": "other,0902,0.1,0.1,0.5,0.5,1,0.9\n",
-        "text.csv": "text,0.5,0.1,0.1,0.5,0.5\n",
-        "empty.csv": "",
     }.items():
         (folder / name).write_text(text)
     return folder

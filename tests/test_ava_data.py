@@ -118,7 +118,6 @@ WRONG = [  # scored, row, what is said of it
     (True, ("a", "0902", "nan", 0.1, 0.5, 0.5, 12, 0), r"no box"),
     (True, (*GOOD[:6], 81, 0), r"action 81 is outside 1\.\.80"),
     (False, (*GOOD[:6], "", 0), r"action 0 is outside 1\.\.80"),
-    (True, (*GOOD[:6], "walk", 0), r"invalid literal"),
     (True, ("a", "902 s", *GOOD[2:]), r"could not convert"),
 ]
 

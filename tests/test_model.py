@@ -91,9 +91,7 @@ def fuse_qkv(state):
     return state
 
 
-@pytest.mark.parametrize(
-    "name, layout", [("mae_norm_pix", "model"), ("mae_raw_pix", "model_state")]
-)
+@pytest.mark.parametrize("name, layout", zip(["mae_norm_pix", "mae_raw_pix"], ["model", "model_state"]))  # fmt: skip
 def test_mae_computes_what_the_released_code_computes(name, layout, tmp_path):
     case, mae, state, video = golden_case(name)
     torch.save({layout: state, "epoch": 3}, tmp_path / "released.pth")
@@ -283,17 +281,6 @@ def test_gradients_are_those_of_checkpointed_blocks_and_lie_as_parameters_do(nam
         assert_close(p.grad, q.grad)
 
 
-@pytest.mark.parametrize("name", ["Classifier", "Detector"])
-def test_a_linear_probe_trains_norm_and_head_alone_without_drop_path(name):
-    model = THREE_MODELS[name](drop_path=0.5)
-    model.freeze_encoder()
-    loss = loss_of(model, 0)
-    loss.backward()
-    trained = {key for key, p in model.named_parameters() if p.grad is not None}
-    assert trained == {"norm.weight", "norm.bias", "head.weight", "head.bias"}
-    assert torch.equal(loss, loss_of(model, 0))
-
-
 @pytest.mark.parametrize("kind, rate", [(Classifier, 0.3), (Detector, 0.6)])
 def test_drop_path_rises_linearly_with_depth_and_keeps_the_mean(kind, rate):
     torch.manual_seed(0)
@@ -348,11 +335,6 @@ def test_joint_positions_are_split_exactly_if_they_are_separable(separable, fram
     noise = torch.rand(2, math.prod(grid))
     one, other = (mae(clip(mae), 0.9, noise)[0] for mae in (source, loaded))
     assert torch.allclose(one, other, atol=1e-5) == separable
-    larger = MAE(**config | dict(num_frames=40, img_size=312))  # as in Table 7
-    load_pretrained(larger, tmp_path / "pretrain.pyth")
-    expected = m.resize_space(loaded.pos_embed_spatial, (14, 14), (19, 19))
-    assert_close(larger.pos_embed_spatial, expected)
-    assert_close(larger.pos_embed_temporal, m.resize_time(loaded.pos_embed_temporal, 20))
 
 
 def test_a_video_of_one_repeated_image_gives_the_image_models_tokens(tmp_path):
@@ -399,7 +381,6 @@ class Code:
 @pytest.mark.parametrize("name, changes, error", [
     ("tiny.pt", dict(embed_dim=64), r"does not fit.*cls_token is \[1, 1, 32\].*is --model"),
     ("tiny.pt", dict(depth=3), "does not fit this model: blocks.2.norm1.weight is missing"),
-    ("absent.pt", {}, "no such checkpoint"),
     ("text.pt", {}, r"not a checkpoint that can be read: no file of PyTorch"),
     ("code.pt", {}, r"not a checkpoint that can be read: it holds more than tensors"),
     ("pickle.pt", {}, r"not a checkpoint that can be read"),

@@ -191,13 +191,14 @@ def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(stage, v
     assert re.search(r"loss \d+\.\d+, gradient norm (nan|inf)", message), message
 
 
-def test_a_linear_probe_trains_the_head_and_its_norm_alone(videos, tmp_path, whole):
+@pytest.mark.parametrize("stage", ["finetune_cls", "finetune_ava"])
+def test_a_linear_probe_leaves_all_but_the_head_and_its_norm(stage, videos, tmp_path, whole):
     init = whole("mae_pretrain")
-    line = line_of("finetune_cls", videos, tmp_path, "--layer_decay 0 --epochs 2 --init", init)
-    assert run_stage("finetune_cls", line) == ""
+    line = line_of(stage, videos, tmp_path, "--layer_decay 0 --epochs 2 --init", init)
+    assert run_stage(stage, line) == ""
     old, new = checkpoint_of(init)["model"], checkpoint_of(tmp_path)["model"]
-    changed = {name for name in new if name not in old or not torch.equal(old[name], new[name])}
-    assert changed == {"norm.weight", "norm.bias", "head.weight", "head.bias"}
+    changed = {name for name in old.keys() & new.keys() if not torch.equal(old[name], new[name])}
+    assert changed == {"norm.weight", "norm.bias"}
 
 
 def test_a_batch_without_any_box_is_no_error(videos, tmp_path, monkeypatch):
@@ -383,7 +384,6 @@ BAD = {  # what is added to a good line, and what is said; words in capitals: se
         ("--data absent", r"(?s)absent: no folder or list.*youtube_id.*--dataset demo"),
         ("--data broken --num_workers 1", r"20 videos in a row(?s:.*\n  .*[ab].mp4: cannot.*){2}"),
         ("--mask_ratio 1.0", r"--mask_ratio 1.0 of"),
-        ("--decoder_embed_dim 30", r"sines need a width that 4 divides, not 30"),
         ("--micro_batch 3", r"--micro_batch 3 does not divide 4 videos: \[1, 2, 4\] do"),
         ("--batch_size 512", r"--batch_size 512 must.*at most the 8 that the list has; 8 would do"),
         ("--output_dir text.mp4/run", r"text.mp4/run: Not a directory"),
@@ -391,19 +391,13 @@ BAD = {  # what is added to a good line, and what is said; words in capitals: se
     ],
     "finetune_cls": [
         ("--num_classes 3", r"8 classes, not 3; if that is meant: --num_classes 8"),
-        ("--data lists --num_classes 5", r"train.csv: label 7 of \S+.mp4 is outside 0..4"),
         ("--data lists/train.csv", r"train.csv: a list to train or to test on\? Give the folder"),
-        ("--data VIDEOS/val", r"videos without labels; expected one of"),
         ("--eval --init MAE", r"a checkpoint of mae_pretrain, not of finetune_cls"),
-        ("--eval --dataset mine", r"--num_classes: how many does the classifier know"),
     ],
     "finetune_ava": [
-        ("--score empty.csv --ground_truth TRUTH", r"--score needs --ground_truth CSV and --act"),
         ("--score other.csv LIST", r"the detections are of other movies, as other"),
-        ("--videos absent", r"movies are not below absent: .*; --videos says where they are"),
         ("--video_start 0", r"(?s)20 videos in a row.*has no second 90\d: .*--video_start says"),
         ("--data absent", r"(?s)absent: no ground_truth of train in it; expected.*ava_train_v2.2"),
-        ("--predict text.mp4 --boxes text.csv --init AVA", r"1 of 1 seconds cannot be read"),
     ],
 }
 
@@ -415,7 +409,7 @@ def test_bad_input(stage, line, error, bad_files, videos, whole, monkeypatch, ca
     monkeypatch.chdir(bad_files)
     notes = videos / "ava" / "annotations"
     actions = next(notes.glob("*.pbtxt"))
-    names = dict(VIDEOS=videos, LIST=f"--ground_truth TRUTH --action_list {actions}")
+    names = dict(LIST=f"--ground_truth TRUTH --action_list {actions}")
     names |= dict(TRUTH=notes / "ava_val_v2.2.csv", MAE=whole("mae_pretrain"))
     names |= dict(CLS=whole("finetune_cls"), AVA=whole("finetune_ava"))
     for name, value in names.items():
@@ -423,7 +417,7 @@ def test_bad_input(stage, line, error, bad_files, videos, whole, monkeypatch, ca
     start = f"{SMALL} --data {videos}"
     if stage == "finetune_ava":
         start += "/ava --lr 1e-3 --epochs 4 --video_start 900"
-    elif stage == "finetune_cls" and "--dataset mine" not in line:
+    elif stage == "finetune_cls":
         start += " --num_classes 8"
     message = run_stage(stage, start, line)
     if message == "2":  # argparse has said it
