@@ -1,9 +1,9 @@
-"""How fast it is, as shares of limits that are measured in the same run: the same on a laptop and on a GPU.
+"""How fast it is, as shares of limits that are measured in the same run: on a laptop as on a GPU.
 
-    python tests/benchmark.py step                     pre-training step at each mask ratio; fine-tuning, masked and not
+    python tests/benchmark.py step                pre-training step at each mask ratio; fine-tuning
     python tests/benchmark.py step --model vit_l --clips 1 --ratios 0 0.9
-    python tests/benchmark.py data [VIDEO ...]         loading, on one core, against decoding alone
-    python tests/benchmark.py plan --gpus 8            what whole runs take: hours, and cores to decode with
+    python tests/benchmark.py data [VIDEO ...]    loading, on one core, against decoding alone
+    python tests/benchmark.py plan --gpus 8       what whole runs take: hours, and cores to decode with
 
 What was tried for speed, and what it gave, stands in tests/RESULTS.md.
 """
@@ -30,7 +30,7 @@ import finetune_cls
 import mae_pretrain
 import model as m
 
-DEMO_CLIP = {"vit_demo": dict(img_size=32)}
+DEMO_DECODER = dict(decoder_embed_dim=64, decoder_depth=1, decoder_num_heads=1)
 RATIOS = 0, 0.5, 0.75, 0.9, 0.95
 
 
@@ -52,10 +52,8 @@ def synchronize(device):
 
 def matrix_rate(device, precision):
     """FLOP/s of large square matrix products, kept up as long as steps take: the limit these are measured against."""
-    n, dtype = (
-        (8192 if device.type == "cuda" else 2048),
-        torch.bfloat16 if precision == "bf16" else torch.float32,
-    )
+    n = 8192 if device.type == "cuda" else 2048
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     a @ b
     synchronize(device)
@@ -72,61 +70,49 @@ def matrix_rate(device, precision):
 
 def build(task, size, device="cpu", again=False):
     """The model of a stage, and a function of (video, mask_ratio, noise) that gives its loss."""
-    config = m.SIZES[size] | DEMO_CLIP.get(size, {}) | {"grad_checkpointing": again}
+    config, decoder = m.SIZES[size] | dict(grad_checkpointing=again), {}
+    if size == "vit_demo":
+        config, decoder = config | dict(img_size=32), DEMO_DECODER
     with torch.device(device):
         if task == "pretrain":
-            decoder = (
-                dict(decoder_embed_dim=64, decoder_depth=1, decoder_num_heads=1)
-                if size == "vit_demo"
-                else {}
-            )
-            mae = m.MAE(**config, **decoder)
-            return mae, lambda net, video, ratio, noise: net(video, ratio, noise)[0]
+            return m.MAE(**config, **decoder), lambda mae, *clips: mae(*clips)[0]
         classifier = m.Classifier(400, **config).train()
-        target = torch.zeros(1, dtype=torch.long, device=device)
-        return classifier, lambda net, video, ratio, noise: F.cross_entropy(
-            net(video, ratio, noise).float(), target.expand(len(video))
-        )
+
+    def loss_of(classifier, video, ratio, noise):
+        target = torch.zeros(len(video), dtype=torch.long, device=device)
+        return F.cross_entropy(classifier(video, ratio, noise).float(), target)
+
+    return classifier, loss_of
+
+
+def clip_shape(model):
+    """Frames, height and width of a model's clips."""
+    t, h, w = model.grid
+    return t * model.t_patch_size, h * model.patch_size, w * model.patch_size
 
 
 def step_flops(task, size, ratio):
     """Floating point operations of a step for one clip, forward and backward, counted on shapes alone."""
     model, loss_of = build(task, size, "meta")
-    side, frames = model.grid[1] * model.patch_size, model.grid[0] * model.t_patch_size
-    video = torch.zeros(1, 3, frames, side, side, dtype=torch.uint8, device="meta")
-    counter = FlopCounterMode(display=False)
-    with counter:
+    video = torch.zeros(1, 3, *clip_shape(model), dtype=torch.uint8, device="meta")
+    with FlopCounterMode(display=False) as counter:
         loss_of(model, video, ratio, torch.zeros(1, np.prod(model.grid), device="meta")).backward()
     return counter.get_total_flops()
 
 
-def matrix_attention(self, x, grid=None):
-    """Attention as it was before flash kernels: the N x N matrices of all heads are held, and kept to go backward."""
-    q, k, v = self.project(x)
-    weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)  # (B, heads, N, N)
-    return self.proj((weights @ v).transpose(1, 2).flatten(2))
-
-
-def run_step(
-    task, size, ratio, clips, device, precision, compiled=False, attention=None, again=False
-):
+def run_step(task, size, ratio, clips, device, precision, compiled, again=False):
     """Time forward + backward + optimizer; in a process of its own, whose memory tells. Prints nothing: a dict."""
     settings = argparse.Namespace(device=device, model=size, precision=precision, compile=compiled)
     device = m.start_process(settings)
-    if attention == "N x N":
-        m.Attention.forward = matrix_attention
     rate = matrix_rate(device, precision)
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     model, loss_of = build(task, size, device, again)
     optimizer = torch.optim.AdamW(m.parameter_groups(model, 0.05), lr=1e-5, fused=True)
     if compiled:
         m.compile_blocks(model)
-    side, frames = model.grid[1] * model.patch_size, model.grid[0] * model.t_patch_size
-    video = torch.randint(0, 256, (clips, frames, side, side, 3), dtype=torch.uint8, device=device)
-    video, noise = (
-        video.permute(0, 4, 1, 2, 3),
-        torch.rand(clips, int(np.prod(model.grid)), device=device),
-    )
+    shape = clips, *clip_shape(model), 3
+    video = torch.randint(0, 256, shape, dtype=torch.uint8, device=device).permute(0, 4, 1, 2, 3)
+    noise = torch.rand(clips, int(np.prod(model.grid)), device=device)
 
     def step():
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -152,15 +138,6 @@ def alone(function, *args, **kwargs):
         return pool.apply(function, args, kwargs)
 
 
-def report(name, flops, clips, row):
-    share = flops * clips / row["seconds"] / row["rate"]
-    print(
-        f"{name:34}{row['seconds']:9.3f} s{clips / row['seconds']:9.2f}{row['memory'] / 2**30:9.2f} GiB"
-        f"{flops / 1e9:10.1f}{row['rate'] / 1e12:9.3f}{share:8.0%}",
-        flush=True,
-    )
-
-
 def masked_schedule(times, start, steps=1000):
     """Mean time of a step whose mask ratio falls from `start` to 0 along the cosine of finetune_cls (Table 11)."""
     ratios = sorted(times)
@@ -169,54 +146,36 @@ def masked_schedule(times, start, steps=1000):
 
 
 def benchmark_step(args):
-    setting = dict(device=args.device, precision=args.precision, compiled=args.compile)
-    print(
-        f"{args.model}, {args.clips} clips, {args.precision} on {args.device}{', compiled' if args.compile else ''}"
-    )
-    print(
-        f"{'forward + backward + optimizer':34}{'step':>11}{'clips/s':>9}{'memory':>13}{'GFLOP/clip':>12}",
-        end="",
-    )
-    print("  matrix TFLOP/s   share")
+    def measure(task, ratio, name, **more):
+        setting = args.clips, args.device, args.precision, args.compile
+        row = alone(run_step, task, args.model, ratio, *setting, **more)
+        flops, taken = step_flops(task, args.model, ratio), row["seconds"]
+        print(f"{name:34}{taken:9.3f} s{args.clips / taken:9.2f}", end="")
+        print(f"{row['memory'] / 2**30:9.2f} GiB{flops / 1e9:10.1f}", end="")
+        share = flops * args.clips / taken / row["rate"]
+        print(f"{row['rate'] / 1e12:9.3f}{share:8.0%}", flush=True)
+        return taken
+
+    how = f"{args.precision} on {args.device}{', compiled' if args.compile else ''}"
+    print(f"{args.model}, {args.clips} clips, {how}")
+    print(f"{'forward + backward + optimizer':34}{'step':>11}{'clips/s':>9}{'memory':>13}", end="")
+    print(f"{'GFLOP/clip':>12}  matrix TFLOP/s   share")
     times = {}
     for ratio in args.ratios:
-        row = alone(run_step, "pretrain", args.model, ratio, args.clips, **setting)
-        times[ratio] = row["seconds"]
-        flops = step_flops("pretrain", args.model, ratio)
-        report(f"pre-train, {ratio:.0%} masked", flops, args.clips, row)
+        times[ratio] = measure("pretrain", ratio, f"pre-train, {ratio:.0%} masked")
         if ratio == 0.9:
-            matrix = alone(
-                run_step, "pretrain", args.model, ratio, args.clips, attention="N x N", **setting
-            )
-            report("  with N x N attention", flops, args.clips, matrix)
-            again = alone(
-                run_step, "pretrain", args.model, ratio, args.clips, again=True, **setting
-            )
-            report("  with --grad_checkpointing", flops, args.clips, again)
-            both = ", ".join(f"{r['memory'] / matrix['memory']:.2f}" for r in (row, again))
-            print(
-                f"  memory, as a share of N x N attention's, and so with --grad_checkpointing: {both}"
-            )
+            measure("pretrain", ratio, "  with --grad_checkpointing", again=True)
     if 0 in times and 0.9 in times:
-        print(
-            f"90 % masked is {times[0] / times[0.9]:.1f} x faster than none (paper: 4.1; bar for ViT-L: 4.5)"
-        )
+        gain = times[0] / times[0.9]
+        print(f"90 % masked is {gain:.1f} x faster than none (paper: 4.1; bar for ViT-L: 4.5)")
     if args.finetune:
         times = {}
         for ratio in (0, 0.25, 0.5, 0.75):
-            row = alone(run_step, "finetune", args.model, ratio, args.clips, **setting)
-            times[ratio] = row["seconds"]
-            report(
-                f"fine-tune, {ratio:.0%} masked",
-                step_flops("finetune", args.model, ratio),
-                args.clips,
-                row,
-            )
+            times[ratio] = measure("finetune", ratio, f"fine-tune, {ratio:.0%} masked")
         for start, paper in ((0.5, 1.2), (0.75, 1.3)):
             gain = times[0] / masked_schedule(times, start)
-            print(
-                f"whole fine-tuning, masked from {start:.0%} to 0: {gain:.2f} x (Table 11: {paper})"
-            )
+            name = f"whole fine-tuning, masked from {start:.0%} to 0"
+            print(f"{name}: {gain:.2f} x (Table 11: {paper})")
 
 
 # --------------------------------------------------------------------------------------------------------------- data
@@ -238,11 +197,11 @@ def kinetics_video(folder, name, length=10, height=256, width=340):
         stream = container.add_stream("libx264", rate=30, options=KINETICS_FILES[name])
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         for t in range(30 * length):
-            waves = [
-                np.sin((x * np.cos(a) + y * np.sin(a)) / s + t / 9)
-                for a, s in ((0.3, 9), (1.2, 23), (2.2, 41))
-            ]
-            picture = (128 + 35 * np.stack(waves, -1) + noise[t % 8]).clip(0, 255)
+            colours = []
+            for angle, scale in ((0.3, 9), (1.2, 23), (2.2, 41)):
+                place = x * np.cos(angle) + y * np.sin(angle)
+                colours.append(np.sin(place / scale + t / 9))
+            picture = (128 + 35 * np.stack(colours, -1) + noise[t % 8]).clip(0, 255)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture.astype(np.uint8))))
         container.mux(stream.encode(None))
     return path
@@ -253,9 +212,8 @@ def decode_floor(path, times):
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
-        first, last = (
-            int((stream.start_time or 0) + t / stream.time_base) for t in (times.min(), times.max())
-        )
+        ends = times.min(), times.max()
+        first, last = (int((stream.start_time or 0) + t / stream.time_base) for t in ends)
         container.seek(max(first, 0), stream=stream)
         for packet in container.demux(stream):
             for frame in packet.decode():
@@ -263,125 +221,70 @@ def decode_floor(path, times):
                     return
 
 
-def plain_loader(path, times, size, boxes):
-    """What a straightforward loader does: decode every frame to RGB, pick, crop and resize in torch."""
-    with av.open(str(path)) as container:
-        container.streams.video[0].codec_context.thread_count = 1
-        frames = [
-            (float(f.time or 0), f.to_ndarray(format="rgb24")) for f in container.decode(video=0)
-        ]
-    stamps = np.array([time for time, _ in frames])
-    chosen = data.nearest(stamps, times)
-    clips = []
-    for box, ids in zip(boxes, np.split(chosen, len(boxes))):
-        clip = torch.from_numpy(np.stack([frames[i][1] for i in ids])).permute(0, 3, 1, 2)
-        top, left, height, width = box
-        clip = clip[:, :, top : top + height, left : left + width].float()
-        clips.append(F.interpolate(clip, size=size, mode="bilinear").round().byte())
-    return torch.stack(clips)
-
-
-def count_decoded(path, times):
-    """How many frames are decoded for the wanted ones, and whether any is decoded twice."""
-    seen = []
-    decode = data.Video.decode
-
-    def counted(self, packets, wanted):
-        seen.extend(packet.pts for packet in packets)
-        return decode(self, packets, wanted)
-
-    data.Video.decode = counted
-    try:
-        with data.Video(path) as video:
-            video.frames(times)
-    finally:
-        data.Video.decode = decode
-    return len(seen), len(seen) - len(set(seen))
-
-
 def benchmark_data(args):
     torch.set_num_threads(1)
-    settings = {
-        "pre-train": mae_pretrain.parse_args(["--model", "vit_b", "--data", "x"]),
-        "fine-tune": finetune_cls.parse_args(["--model", "vit_b", "--data", "x"]),
-    }
-    rates = {}
+    print("one core; times in ms for one opening of the file, the fastest of several")
+    print(f"{'':26}{'stage':>10}{'samples':>9}{'floor':>8}{'decode':>8}{'to RGB':>8}", end="")
+    print(f"{'augment':>9}{'all':>8}{'clips/s':>9}{'of floor':>10}")
     with tempfile.TemporaryDirectory() as folder:
         paths = list(args.videos)
         if not paths:
             demo = Path(folder) / "demo.mp4"
             data.write_video(demo, data.draw_scene(0, [("disc", "slides", 0.5)], (14.5, 18))[0], 15)
             paths = [demo, *(kinetics_video(folder, name) for name in KINETICS_FILES)]
-        print("one core; times in ms for one opening of the file, the fastest of several")
-        print(
-            f"{'':26}{'stage':>10}{'samples':>9}{'floor':>8}{'decode':>8}{'to RGB':>8}{'augment':>9}{'all':>8}",
-            end="",
-        )
-        print(f"{'clips/s':>9}{'of floor':>10}{'plain loader':>14}{'twice':>7}")
         for path in paths:
-            with data.Video(path) as video:
-                duration = video.duration
-            for stage, stage_args in settings.items():
+            for stage in STAGES:
                 for repeats in args.repeats:
-                    key = (Path(path).stem, stage, repeats)
-                    rates[key] = one_row(path, stage, stage_args, repeats, duration)
-    return rates
+                    one_row(path, stage, repeats)
 
 
-def one_row(path, stage, args, repeats, duration):
-    """Measure one line of the table; returns clips/s and the ratio to the floor."""
-    args = argparse.Namespace(**vars(args) | {"repeat_aug": repeats})
+STAGES = {"pre-train": mae_pretrain, "fine-tune": finetune_cls}
+
+
+def one_row(path, stage, repeats):
+    """Measure one line of the table; returns clips/s."""
+    args = STAGES[stage].parse_args(["--model", "vit_b", "--data", "x"])
+    args.repeat_aug = repeats
     augment = finetune_cls.augmentation(args) if stage == "fine-tune" else None
     videos = data.VideoList("benchmark", "/", [str(Path(path).resolve())])
     clips = data.ClipDataset(videos, args, None, augment)
-    spent = dict.fromkeys(("floor", "decode", "to RGB", "all", "plain"), 0.0)
-    twice = 0
-    draws = 3  # several draws of times and crops: their mean is reported, each the fastest of several calls
+    spent = dict.fromkeys(("floor", "decode", "to RGB", "all"), 0.0)
+    draws, size = 3, (args.img_size,) * 2  # the mean of three draws of times and crops
     for epoch in range(draws):
         seeds = [data.stateless_seed(args.seed, epoch, 0, repeat) for repeat in range(repeats)]
-        times = np.concatenate([clips.times(duration, seed) for seed in seeds])
         with data.Video(path) as video:
+            times = np.concatenate([clips.times(video.duration, seed) for seed in seeds])
             frames = video.frames(times)
         side = data.even(min(data.upright_size(frames[0])) * 0.8)  # a crop of the usual size
         boxes = [(0, 0, side, side)] * repeats
-        groups = [frames[i * args.num_frames : (i + 1) * args.num_frames] for i in range(repeats)]
 
         def decode(times=times):
             with data.Video(path) as video:
                 video.frames(times)
 
+        def convert(frames=frames, boxes=boxes):
+            for i, box in enumerate(boxes):
+                data.to_clip(frames[i * args.num_frames : (i + 1) * args.num_frames], size, box)
+
         jobs = {
             "floor": lambda times=times: decode_floor(path, times),
             "decode": decode,
-            "to RGB": lambda g=groups, b=boxes: [
-                data.to_clip(f, (args.img_size,) * 2, x) for f, x in zip(g, b)
-            ],
+            "to RGB": convert,
             "all": lambda epoch=epoch: clips.load(0, epoch),
-            "plain": lambda t=times, b=boxes: plain_loader(path, t, (args.img_size,) * 2, b),
         }
         for name, job in jobs.items():
             spent[name] += seconds(job, 0.2) / draws
-        twice += count_decoded(path, times)[1]
-    rest = max(0.0, spent["all"] - spent["decode"] - spent["to RGB"])
-    ms = {name: 1000 * value for name, value in spent.items()}
-    print(
-        f"{Path(path).stem[:25]:26}{stage:>10}{repeats:9}{ms['floor']:8.1f}{ms['decode']:8.1f}{ms['to RGB']:8.1f}"
-        f"{1000 * rest:9.1f}{ms['all']:8.1f}{repeats / spent['all']:9.1f}{spent['floor'] / spent['all']:10.0%}"
-        f"{spent['plain'] / spent['all']:12.1f} x{twice:7}",
-        flush=True,
-    )
-    return repeats / spent["all"], spent["floor"] / spent["all"]
+    spent["augment"] = max(0.0, spent["all"] - spent["decode"] - spent["to RGB"])
+    print(f"{Path(path).stem[:25]:26}{stage:>10}{repeats:9}", end="")
+    for name, width in ("floor", 8), ("decode", 8), ("to RGB", 8), ("augment", 9), ("all", 8):
+        print(f"{1000 * spent[name]:{width}.1f}", end="")
+    print(f"{repeats / spent['all']:9.1f}{spent['floor'] / spent['all']:10.0%}", flush=True)
+    return repeats / spent["all"]
 
 
 # --------------------------------------------------------------------------------------------------------------- plan
 
-SIZES_OF_SETS = {
-    "Kinetics-400": 240_000,
-    "SSv2": 169_000,
-    "AVA": 184_000,
-}  # videos, or keyframes, to train on
-
-
+SETS = {"Kinetics-400": 240_000, "SSv2": 169_000, "AVA": 184_000}  # videos or keyframes to train on
 RECIPES = [  # stage, sizes, recipe, data set, mask ratio
     ("pre-train", ("vit_b", "vit_l", "vit_h"), mae_pretrain.KINETICS, "Kinetics-400", 0.9),
     ("fine-tune", ("vit_b", "vit_l", "vit_h"), finetune_cls.KINETICS, "Kinetics-400", 0),
@@ -405,10 +308,8 @@ def benchmark_plan(args):
     with tempfile.TemporaryDirectory() as folder:
         for name in ("kinetics_gop250", "prepared"):
             path = kinetics_video(folder, name)
-            for parse, repeats in (mae_pretrain, 4), (finetune_cls, 1), (finetune_cls, 2):
-                stage_args = parse.parse_args(["--model", "vit_b", "--data", "x"])
-                stage = "pre-train" if parse is mae_pretrain else "fine-tune"
-                loading[name, stage, repeats] = one_row(path, stage, stage_args, repeats, 10.0)[0]
+            for stage, repeats in ("pre-train", 4), ("fine-tune", 1), ("fine-tune", 2):
+                loading[name, stage, repeats] = one_row(path, stage, repeats)
     print(f"\n{args.gpus} GPUs at this rate; cores of this machine that load for one GPU:")
     print(f"{'recipe':32}{'epochs':>8}{'M clips':>9}{'GFLOP/clip':>12}{'hours':>7}", end="")
     print(f"{'GOP 250':>9}{'prepared':>10}")
@@ -416,63 +317,43 @@ def benchmark_plan(args):
         for size in sizes:
             row, kind = m.column(table, size), stage if stage == "pre-train" else "fine-tune"
             flops = step_flops("pretrain" if ratio else "finetune", size, ratio)
-            clips, speed = SIZES_OF_SETS[name] * row["epochs"], reached[kind] / flops  # clips/s
-            cores = [
-                speed / loading[file, kind, row.get("repeat_aug", 1)]
-                for file in ("kinetics_gop250", "prepared")
-            ]
+            clips, speed = SETS[name] * row["epochs"], reached[kind] / flops  # clips/s
             text, hours = f"{stage} {size} on {name}", clips / speed / args.gpus / 3600
-            print(
-                f"{text:32}{row['epochs']:8}{clips / 1e6:9.1f}{flops / 1e9:12.0f}{hours:7.1f}",
-                end="",
-            )
-            print(f"{cores[0]:9.1f}{cores[1]:10.1f}")
+            print(f"{text:32}{row['epochs']:8}{clips / 1e6:9.1f}{flops / 1e9:12.0f}", end="")
+            print(f"{hours:7.1f}", end="")
+            for file, width in ("kinetics_gop250", 9), ("prepared", 10):
+                cores = speed / loading[file, kind, row.get("repeat_aug", 1)]
+                print(f"{cores:{width}.1f}", end="")
+            print()
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     commands = parser.add_subparsers(dest="command", required=True)
     here = argparse.Namespace(device=None, model=None, precision=None, compile=None)
     device = m.start_process(here).type
-    for name, function in {
-        "step": benchmark_step,
-        "data": benchmark_data,
-        "plan": benchmark_plan,
-    }.items():
-        command = commands.add_parser(name, help=function.__doc__)
+    step, loading, plan = (commands.add_parser(name) for name in ("step", "data", "plan"))
+    for command, function in (
+        (step, benchmark_step),
+        (loading, benchmark_data),
+        (plan, benchmark_plan),
+    ):
         command.set_defaults(function=function)
-        if name == "data":
-            command.add_argument(
-                "videos",
-                nargs="*",
-                metavar="VIDEO",
-                help="default: the demo's, and of Kinetics' size",
-            )
-            command.add_argument(
-                "--repeats", type=int, nargs="+", default=(1, 2, 4), help="clips of one opening"
-            )
-            continue
+    for command in step, plan:
         command.add_argument("--model", choices=m.SIZES, default="vit_b")
         command.add_argument("--device", default=device)
         command.add_argument("--precision", choices=("fp32", "bf16"), default=here.precision)
         command.add_argument("--clips", type=int, default=4, help="clips in a step")
-        command.add_argument("--compile", action="store_true", help="torch.compile the model")
-        if name == "step":
-            command.add_argument(
-                "--ratios",
-                type=float,
-                nargs="+",
-                default=RATIOS,
-                help="mask ratios to pre-train at",
-            )
-            command.add_argument("--finetune", action=argparse.BooleanOptionalAction, default=True)
-        else:
-            command.add_argument("--gpus", type=int, default=8)
-            command.add_argument(
-                "--tflops", type=float, help="what a GPU reaches; default: what this device does"
-            )
+        command.add_argument("--compile", action="store_true", help="torch.compile the blocks")
+    step.add_argument("--ratios", type=float, nargs="+", default=RATIOS, help="to pre-train at")
+    step.add_argument("--finetune", action=argparse.BooleanOptionalAction, default=True)
+    text = "default: the demo's, and of Kinetics' size"
+    loading.add_argument("videos", nargs="*", metavar="VIDEO", help=text)
+    text = "clips of one opening"
+    loading.add_argument("--repeats", type=int, nargs="+", default=(1, 2, 4), help=text)
+    plan.add_argument("--gpus", type=int, default=8)
+    plan.add_argument("--tflops", type=float, help="that a GPU reaches; default: what this does")
     args = parser.parse_args()
     args.function(args)
 

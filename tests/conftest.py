@@ -1,12 +1,10 @@
 """What several tests need: small videos, made once, and ways to run a stage: here, or in processes of its own."""
 
-import csv
 import importlib
 import itertools
 import json
 import multiprocessing
 import os
-import random
 import runpy
 import signal
 import socket
@@ -71,46 +69,40 @@ def process():
     torch.set_num_threads(threads)
 
 
-def make_videos(folder, counts):
-    """Demo videos in the official layout of Kinetics; their classes are the first shapes."""
-    for split, count in counts.items():
+def make_videos(folder, videos, movies):
+    """Demo videos in the official layout of Kinetics; their classes are shapes. AVA's files in ava/."""
+    for split, count in videos.items():
         (folder / split).mkdir()
-        with open(folder / f"{split}.csv", "w", newline="") as file:
-            rows = csv.writer(file)
-            rows.writerow(["label", "youtube_id", "time_start", "time_end", "split"])
-            for i in range(count):
-                shape, motion = [*data.DEMO_SHAPES][i], data.DEMO_MOTIONS[i % 6]
-                path = folder / split / f"{split}{i}_000005_000008.mp4"
-                seed = i + 100 * (split == "val")
-                frames, _ = data.draw_scene(seed, [(shape, motion, 0.5)], radius=(14.5, 18))
-                data.write_video(path, frames, data.DEMO_FPS)
-                rows.writerow([shape, f"{split}{i}", 5, 8, split])
+        rows = ["label,youtube_id,time_start,time_end,split"]
+        for i in range(count):
+            shape, motion = [*data.DEMO_SHAPES][i % 8], data.DEMO_MOTIONS[i % 6]
+            seed = i + 100 * (split == "val")
+            frames, _ = data.draw_scene(seed, [(shape, motion, 0.5)], radius=(14.5, 18))
+            path = folder / split / f"{split}{i}_000005_000008.mp4"
+            data.write_video(path, frames, data.DEMO_FPS)
+            rows.append(f"{shape},{split}{i},5,8,{split}")
+        (folder / f"{split}.csv").write_text("\n".join(rows))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(data.DEMO_VIDEOS, "ava", movies)
+        data.make_demo_ava("ava", folder / "ava")
     return folder
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory):
-    """8 videos of 8 classes to train on, 2 to validate."""
-    return make_videos(tmp_path_factory.mktemp("demo"), {"train": 8, "val": 2})
+def videos(tmp_path_factory):
+    """8 videos to train on, 5 to validate, which 2 and 3 do not divide; as many keyframes."""
+    folder = tmp_path_factory.mktemp("videos")
+    return make_videos(folder, dict(train=8, val=5), dict(train=4, val=3))
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """12 videos of 8 classes to train on, in train.txt, and 1 to test on; AVA's files in ava/.
+    """12 videos of 8 classes to train on, and 1 to test on; a keyframe of AVA's is excluded.
 
     Of the boxes detected in AVA's training movies a third each has a score above, at and below 0.8.
     """
     folder = tmp_path_factory.mktemp("folder")
-    for split, count in {"train": 12, "val": 1}.items():
-        for i in range(count):
-            shape, motion = [*data.DEMO_SHAPES][i % 8], data.DEMO_MOTIONS[i % 6]
-            frames, _ = data.draw_scene(i, [(shape, motion, 0.5)], radius=(14.5, 18))
-            data.write_video(folder / f"{split}{i}.mp4", frames, 15)
-        lines = [f"{split}{i}.mp4 {i % 8}\n" for i in range(count)]
-        (folder / f"{split}.txt").write_text("".join(lines))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(data.DEMO_VIDEOS, "ava", dict(train=6, val=1))
-        data.make_demo_ava("ava", folder / "ava")
+    make_videos(folder, dict(train=12, val=1), dict(train=6, val=1))
     file = folder / "ava" / "annotations" / "ava_detection_train_boxes_and_labels.csv"
     lines, scores = file.read_text().splitlines(), itertools.cycle([0.95, 0.8, 0.79])
     file.write_text("".join(f"{line.rpartition(',')[0]},{next(scores)}\n" for line in lines))
@@ -129,16 +121,6 @@ STAGES = {  # 12 steps of 4 of 8 videos or keyframes
     "finetune_cls": "--epochs 12 --repeat_aug 2 --drop_path 0.2 --num_classes 8 --views 2x3",
     "finetune_ava": "--epochs 6 --drop_path 0.2 --rel_pos --video_start 900",
 }
-
-
-@pytest.fixture(scope="session")
-def videos(tmp_path_factory):
-    """8 videos to train on, 5 to validate, which 2 and 3 do not divide; in ava/ as many keyframes."""
-    folder = make_videos(tmp_path_factory.mktemp("videos"), {"train": 8, "val": 5})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(data.DEMO_VIDEOS, "ava", {"train": 4, "val": 3})
-        data.make_demo_ava("ava", folder / "ava")
-    return folder
 
 
 def line_of(stage, videos, out, *more):
@@ -204,18 +186,11 @@ def family(pid):
     return [pid, *(one for child in children for one in family(int(child)))]
 
 
-def ranks_of(launcher):
-    """The processes that torchrun has started, by rank."""
-    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    there = [pid for pid in children if "--model" in Path(f"/proc/{pid}/cmdline").read_text()]
-    return sorted(map(int, there))
-
-
 def start(stage, line, processes=1, harm="", launcher="fork", restarts=0):
     """Start a stage in processes of its own: a Job. harm: code to run first, in each of them.
 
-    launcher: "python" and "torchrun" start it as a user does; "fork" saves them the 4 s that it takes
-    to import torch, and gives the processes the environment that torchrun gives.
+    launcher: "torchrun" starts it as a user does; "fork" saves the processes the 4 s that it takes to
+    import torch, and gives them the environment that torchrun gives.
     """
     output = Path(tempfile.mkdtemp(prefix="stage"), "printed.txt")
     output.touch()
@@ -227,31 +202,25 @@ def start(stage, line, processes=1, harm="", launcher="fork", restarts=0):
         script.write_text(f"{head}import model as m, data\n{harm}\n{tail}")
         program = [str(script)]
     environment = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
-    environment |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as the README asks for restarts
-    if launcher != "fork":
-        torchrun = ["-m", "torch.distributed.run", "--standalone"]
-        torchrun += [f"--max-restarts={restarts}", f"--nproc_per_node={processes}"]
-        command = [sys.executable, *(torchrun if launcher == "torchrun" else []), *program]
+    if launcher == "torchrun":
+        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # as the README asks for restarts
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--max-restarts={restarts}", f"--nproc_per_node={processes}"]
+        command += [*program, *line.split()]
         settings = dict(env=os.environ | environment, start_new_session=True)
         with open(output, "a") as file:
-            command += line.split()
-            job = subprocess.Popen(command, stdout=file, stderr=file, **settings)
-        return Job([job], output)
+            return Job([subprocess.Popen(command, stdout=file, stderr=file, **settings)], output)
     if processes > 1:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    jobs = []
+    jobs, fork = [], multiprocessing.get_context("fork").Process
     for rank in range(processes):
-        own = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {})
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
         words = [*program, *line.split()]
-        jobs.append(
-            multiprocessing.get_context("fork").Process(
-                target=run_forked, args=(words, own, output)
-            )
-        )
+        jobs.append(fork(target=run_forked, args=(words, environment | own, output)))
         jobs[-1].start()
     return Job(jobs, output)
 
@@ -308,7 +277,6 @@ def whole(videos, tmp_path_factory):
             out = tmp_path_factory.mktemp("whole")
             code, text = start(stage, line_of(stage, videos, out, *more), processes, harm).finish()
             assert code == 0, text
-            (out / "printed.txt").write_text(text)
             made[key] = out
         return made[key]
 
@@ -319,58 +287,13 @@ def whole(videos, tmp_path_factory):
 def bad_files(videos, whole, tmp_path_factory):
     """A folder of files that are of no use."""
     folder = tmp_path_factory.mktemp("bad")
-    for name in ("lists", "unknown", "noval/train/walk", "broken"):
+    for name in ("lists", "broken"):
         (folder / name).mkdir(parents=True)
     video = videos / "train" / "train0_000005_000008.mp4"
-    header = "label,youtube_id,time_start,time_end,split\n"
     for name, text in {
         "lists/train.csv": 4 * f"{video} 0\n{video} 7\n",
-        "unknown/train.csv": f"{header}walk,a,0,1,train\n",
-        "unknown/val.csv": f"{header}dance,a,0,1,val\n",
         **dict.fromkeys(["text.mp4", *(f"broken/{name}.mp4" for name in "abcd")], "words"),
         "other.csv": "other,0902,0.1,0.1,0.5,0.5,1,0.9\n",
-        "text.csv": "text,0.5,0.1,0.1,0.5,0.5\n",
-        "empty.csv": "",
     }.items():
         (folder / name).write_text(text)
-    encode(folder / "unknown" / "a_000000_000001.mp4", noise_frames(8))
-    encode(folder / "noval" / "train" / "walk" / "a.mp4", noise_frames(8))
-    torch.save({"head.weight": torch.zeros(8, 8)}, folder / "noencoder.pt")
-    torch.save(checkpoint_of(whole("mae_pretrain"))["model"], folder / "weights.pt")
     return folder
-
-
-def damaged(folder, count):
-    """Good videos in several formats, and `count` made of them by cutting, flipping bytes, zeroing
-    ranges, swapping or changing headers, losing pieces: their paths.
-    """
-    formats = ["mp4 libx264", "mkv libx264", "webm libvpx-vp9", "avi mpeg4", "mp4 libx265"]
-    rng, paths, made = random.Random(0), [], []
-    for i, (suffix, codec) in enumerate(map(str.split, [*formats, "ts mpeg2video"])):
-        options = {"x265-params": "log-level=none"} if codec == "libx265" else {}
-        path = folder / f"base{i}.{suffix}"
-        paths.append(encode(path, noise_frames(40), codec=codec, options=options))
-    real = sorted(SHARED_VIDEOS.iterdir()) if SHARED_VIDEOS.exists() else []
-    paths += [path for path in real if path.suffix != ".md" and path.stat().st_size < 2e6]
-    for i in range(count):
-        source = paths[i % len(paths)]
-        content = bytearray(source.read_bytes())
-        kind, size = i // len(paths) % 6, len(content)
-        at, length = rng.randrange(size), rng.randint(1, max(1, size // 10))
-        if kind == 0:
-            content = content[: rng.randint(0, size)]
-        elif kind == 1:
-            for _ in range(rng.choice((1, 10, 1000))):
-                content[rng.randrange(size)] ^= 1 << rng.randrange(8)
-        elif kind == 2:
-            content[at : at + length] = bytes(min(length, size - at))
-        elif kind == 3:
-            content[:2000] = paths[rng.randrange(len(paths))].read_bytes()[:2000]
-        elif kind == 4:
-            for _ in range(20):
-                content[rng.randrange(min(size, 4000))] = rng.randrange(256)  # in the headers
-        else:
-            del content[at : at + length]
-        made.append(folder / f"{i}{source.suffix}")
-        made[-1].write_bytes(content)
-    return paths + made

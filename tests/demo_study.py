@@ -1,14 +1,13 @@
-"""What the paper found, in small: every figure of the README's tables on the demo, by the stages' own commands.
+"""What the paper found, in small: every figure of the README's tables on the demo, by its commands.
 
-    python tests/demo_study.py pays        does pre-training pay? classification, each side at its best; 3 seeds
+    python tests/demo_study.py pays        does pre-training pay? each side at its best; 3 seeds
     python tests/demo_study.py detects     the same for detection
-    python tests/demo_study.py search      the search for each side's best learning rate, decay and length
-    python tests/demo_study.py ablations   masking, ratio, decoder, repeated sampling, masked fine-tuning, image start
+    python tests/demo_study.py search      each side's best learning rate, decay and length
+    python tests/demo_study.py ablations   masking, ratio, decoder, repeated sampling, image start
     python tests/demo_study.py             all of it: hours
 
-Each run is a folder below --folder (default runs/study), and is not repeated where it has ended: stop the study when you
-like, the same command goes on. As many runs at once as there are cores, each on one: the figures are those of the
-commands that are printed, to float tolerance; times are those of one core.
+Each run is a folder below --folder, and is not repeated where it has ended: the same command resumes.
+As many runs at once as there are cores, each on one: times are those of one core.
 """
 
 import argparse
@@ -63,12 +62,10 @@ class Study:
             if code:
                 raise SystemExit(f"{' '.join(line)} ended with {code}: see {out}/output.txt")
             log = [json.loads(entry) for entry in (out / "log.jsonl").read_text().splitlines()]
-            batch = json.loads((out / "args.json").read_text())
-            clips = batch["batch_size"] * batch["repeat_aug"] * batch["log_interval"]
-            results = {
-                "loss": log[-1]["loss"],
-                "seconds": sum(clips / entry["clips_per_s"] for entry in log),
-            }
+            args = json.loads((out / "args.json").read_text())
+            clips = args["batch_size"] * args["repeat_aug"] * args["log_interval"]
+            seconds = sum(clips / entry["clips_per_s"] for entry in log)
+            results = dict(loss=log[-1]["loss"], seconds=seconds)
             if (out / "results.json").exists():
                 results |= json.loads((out / "results.json").read_text())
             done.write_text(json.dumps(results))
@@ -126,13 +123,15 @@ def compare(study, stage):
             print(f"{side}, a linear probe (--layer_decay 0): {score:.1f}", flush=True)
 
 
-BASE = {}  # what the ablations start from: the demo's recipe, and a fine-tuning half as long
-FINETUNING = {"epochs": 40}
-# Each ablation: what it varies, and the paper's figure for it ("": it gives none).
+FINETUNING = {"epochs": 40}  # half as long as the demo's recipe
+# Each ablation: flags that it varies, and the paper's figure ("": it gives none).
+IMAGES = {"num_frames": 2, "sampling_rate": 0, "mask_ratio": 0.75}
+# fmt: off
 ABLATIONS = {
     "masked fine-tuning (Table 11)": {
-        f"from {start:.0%}": ({"mask_start": start} if start else {}, paper)
-        for start, paper in ((0, "84.4, 1.0 x"), (0.5, "84.1, 1.2 x"), (0.75, "83.8, 1.3 x"))
+        "from 0%": ({}, "84.4, 1.0 x"),
+        "from 50%": ({"mask_start": 0.5}, "84.1, 1.2 x"),
+        "from 75%": ({"mask_start": 0.75}, "83.8, 1.3 x"),
     },
     "mask sampling (Table 12a, SSv2)": {
         "agnostic 90 %": ({}, 63.4),
@@ -141,19 +140,19 @@ ABLATIONS = {
         "block-wise 75 %": ({"mask_type": "block-wise", "mask_ratio": 0.75}, ""),
     },
     "mask ratio (Figure 6)": {
-        f"{ratio:.0%}": ({"mask_ratio": ratio} if ratio != 0.9 else {}, "")
-        for ratio in (0.5, 0.75, 0.9, 0.95)
+        "50%": ({"mask_ratio": 0.5}, ""),
+        "75%": ({"mask_ratio": 0.75}, ""),
+        "90%": ({}, ""),
+        "95%": ({"mask_ratio": 0.95}, ""),
     },
     "repeated sampling at equal effective epochs": {
-        f"{n} samples": ({"repeat_aug": n, "batch_size": 32 // n, "lr": 2e-3} if n > 1 else {}, "")
-        for n in (1, 2, 4)
+        "1 samples": ({}, ""),
+        "2 samples": ({"repeat_aug": 2, "batch_size": 16, "lr": 2e-3}, ""),
+        "4 samples": ({"repeat_aug": 4, "batch_size": 8, "lr": 2e-3}, ""),
     },
     "pre-trained on (Table 3)": {
         "video": ({}, ""),
-        "images: one frame, its 2D kernel repeated": (
-            {"num_frames": 2, "sampling_rate": 0, "mask_ratio": 0.75},
-            "",
-        ),
+        "images: one frame, its 2D kernel repeated": (IMAGES, ""),
     },
     "decoder width (Table 12b: 128, 256, 512)": {
         "16": ({"decoder_embed_dim": 16}, 59.4),
@@ -161,10 +160,12 @@ ABLATIONS = {
         "64": ({}, 63.4),
     },
     "decoder depth (Table 12c)": {
-        f"{n} blocks": ({"decoder_depth": n} if n != 1 else {}, paper)
-        for n, paper in ((1, 63.9), (2, 63.4), (4, 63.4))
+        "1 blocks": ({}, 63.9),
+        "2 blocks": ({"decoder_depth": 2}, 63.4),
+        "4 blocks": ({"decoder_depth": 4}, 63.4),
     },
 }
+# fmt: on
 
 
 def ablate(study, flags):
@@ -172,8 +173,8 @@ def ablate(study, flags):
 
     mask_start is a flag of fine-tuning.
     """
-    flags = BASE | flags
-    masked = {"mask_start": flags.pop("mask_start")} if "mask_start" in flags else {}
+    masked = {name: value for name, value in flags.items() if name == "mask_start"}
+    flags = {name: value for name, value in flags.items() if name != "mask_start"}
     pretrained, finetuned = [], []
     for seed in SEEDS:
         name = "_".join(f"{key}{value}" for key, value in {**flags, "seed": seed}.items())
@@ -186,58 +187,47 @@ def ablate(study, flags):
 
 
 def ablations(study, epochs, jobs):
-    """Pre-trainings that differ in one thing, each fine-tuned alike.
-
-    epochs: of each pre-training; None: those of BASE.
-    """
-    waiting = concurrent.futures.ThreadPoolExecutor(
-        jobs
-    )  # rows wait for their runs, which share the study's own pool
-    more = {"epochs": epochs} if epochs else {}
-    rows = {(name, row): waiting.submit(ablate, study, flags | more) for name, table in ABLATIONS.items()
-            for row, (flags, _) in table.items()}  # fmt: skip
+    """Pre-trainings that differ in one thing, for as many epochs or the recipe's, fine-tuned alike."""
+    waiting = concurrent.futures.ThreadPoolExecutor(jobs)  # for runs, which share the study's pool
+    more, rows = {"epochs": epochs} if epochs else {}, {}
+    for name, table in ABLATIONS.items():
+        for row, (flags, _) in table.items():
+            rows[name, row] = waiting.submit(ablate, study, flags | more)
     for name, table in ABLATIONS.items():
         print(f"\n{name:44}{'top-1':>22}{'pre-training':>14}{'fine-tuning':>13}{'the paper':>13}")
         for row, (_, paper) in table.items():
             pretraining, runs = rows[name, row].result()
             before, seconds = (mean(run["seconds"] for run in part) for part in (pretraining, runs))
             scores = spread([run["top1"] for run in runs])
+            text = f"{row:44}{scores:>22}{before:12.0f} s{seconds:11.0f} s{paper:>13}"
             with study.printing:
-                print(
-                    f"{row:44}{scores:>22}{before:12.0f} s{seconds:11.0f} s{paper:>13}",
-                    flush=True,
-                )
+                print(text, flush=True)
+
+
+PARTS = {
+    "pays": lambda study, args: compare(study, "finetune_cls"),
+    "detects": lambda study, args: compare(study, "finetune_ava"),
+    "ablations": lambda study, args: ablations(study, args.epochs, args.jobs),
+    "search": lambda study, args: [search(study, stage) for stage in BEST],
+}
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "parts", nargs="*", metavar="PART", help="pays, detects, search, ablations; default: all"
-    )
-    parser.add_argument("--folder", default="runs/study")
-    parser.add_argument(
-        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs at once"
-    )
-    parser.add_argument(
-        "--epochs", type=int, help="of each pre-training in `ablations`; default: the recipe's"
-    )
+    formatter, cores = argparse.RawDescriptionHelpFormatter, len(os.sched_getaffinity(0))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    add = parser.add_argument
+    add("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default: all")
+    add("--folder", default="runs/study")
+    add("--jobs", type=int, default=cores, help="runs at once")
+    add("--epochs", type=int, help="of pre-training in `ablations`; default: the recipe's")
     args = parser.parse_args()
-    known = ["pays", "detects", "ablations", "search"]
-    unknown = set(args.parts) - {*known}
+    unknown = set(args.parts) - {*PARTS}
     if unknown:
         parser.error(f"no such part: {', '.join(unknown)}")
-    study, parts = Study(args.folder, args.jobs), args.parts or known
-    if "pays" in parts:
-        compare(study, "finetune_cls")
-    if "detects" in parts:
-        compare(study, "finetune_ava")
-    if "ablations" in parts:
-        ablations(study, args.epochs, args.jobs)
-    if "search" in parts:
-        search(study, "finetune_cls")
-        search(study, "finetune_ava")
+    study = Study(args.folder, args.jobs)
+    for name, part in PARTS.items():
+        if name in args.parts or not args.parts:
+            part(study, args)
 
 
 if __name__ == "__main__":

@@ -82,26 +82,9 @@ def test_each_operation_is_as_strong_as_its_magnitude_says(name, magnitude, sign
     assert error.max() < 2  # rounding
 
 
-def noise_pictures(n, side):
-    """Pictures of 1/f noise, the three colours alike in part: uint8 (n, 3, side, side)."""
-    torch.manual_seed(0)
-    frequency = torch.hypot(torch.fft.fftfreq(side)[:, None], torch.fft.rfftfreq(side)[None])
-    white = 0.8 * torch.randn(n, 1, side, side) + 0.6 * torch.randn(n, 3, side, side)
-    noise = torch.fft.irfft2(torch.fft.rfft2(white) / frequency.clamp(min=1 / side))
-    noise = (noise - noise.mean((1, 2, 3), keepdim=True)) / noise.std((1, 2, 3), keepdim=True)
-    return (120 + 48 * noise).round().clamp(0, 255).byte()
-
-
-def test_pictures_change_as_much_as_with_the_official_operations():
-    augment, pictures = data.RandAugment(9, 0.5), noise_pictures(400, 48)
-    augmented = torch.cat([augment(picture[None]) for picture in pictures])
-    change = (augmented.int() - pictures).abs().float().mean((1, 2, 3))
-    assert 0.20 <= (change == 0).float().mean() <= 0.34  # timm's: 29 %
-    assert 28 <= change.mean() <= 42  # timm's: 36.5
-
-
 def test_all_frames_of_a_clip_are_changed_alike():
-    clip = noise_pictures(4, 32).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # as decoded
+    torch.manual_seed(0)
+    clip = torch.randint(256, (4, 32, 32, 3), dtype=torch.uint8).permute(0, 3, 1, 2)  # as decoded
     augment = data.RandAugment(9, 0.5)
     for seed in range(60):
         torch.manual_seed(seed)
@@ -115,20 +98,20 @@ def test_all_frames_of_a_clip_are_changed_alike():
 @pytest.fixture
 def calls(monkeypatch):
     """What 4000 calls apply: for each a list of (operation, magnitude with its sign)."""
-    everything = []
-    operations = {
-        name: lambda clip, m, s, name=name: everything[-1].append((name, 10 * s)) or clip
-        for name in OPERATIONS
-    }
-    monkeypatch.setattr(data, "RAND_AUGMENT", operations)
+    calls = []
+
+    def noting(name):
+        return lambda clip, magnitude, signed: calls[-1].append((name, 10 * signed)) or clip
+
+    monkeypatch.setattr(data, "RAND_AUGMENT", {name: noting(name) for name in OPERATIONS})
     torch.manual_seed(0)
     for _ in range(4000):
-        everything.append([])
+        calls.append([])
         data.RandAugment(9, 0.5)(torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
-    return everything
+    return calls
 
 
-def test_two_operations_are_drawn_uniformly_with_replacement_and_each_applied_half_the_time(calls):
+def test_two_operations_are_drawn_with_replacement_each_applied_half_the_time(calls):
     for count, share in enumerate((0.25, 0.5, 0.25)):
         assert sum(len(call) == count for call in calls) / 4000 == pytest.approx(share, abs=0.03)
     names = [name for call in calls for name, _ in call]
@@ -141,10 +124,9 @@ def test_two_operations_are_drawn_uniformly_with_replacement_and_each_applied_ha
 def test_each_operation_draws_a_magnitude_around_nine_that_is_clipped_at_ten(calls):
     magnitudes = torch.tensor([magnitude for call in calls for _, magnitude in call])
     assert (magnitudes < 0).float().mean().item() == pytest.approx(0.5, abs=0.03)
-    magnitudes = magnitudes.abs()
-    assert magnitudes.median().item() == pytest.approx(9, abs=0.05)
-    assert magnitudes.quantile(0.16).item() == pytest.approx(8.5, abs=0.05)
-    assert magnitudes.max() == 10
+    assert magnitudes.abs().median().item() == pytest.approx(9, abs=0.05)
+    assert magnitudes.abs().quantile(0.16).item() == pytest.approx(8.5, abs=0.05)
+    assert magnitudes.abs().max() == 10
     first, second = torch.tensor([[abs(m) for _, m in call] for call in calls if len(call) == 2]).T
     assert (first != second).float().mean() > 0.95  # both are clipped now and then
     assert torch.corrcoef(torch.stack([first, second]))[0, 1].abs() < 0.15

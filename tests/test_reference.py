@@ -8,16 +8,14 @@ mixing, smoothing, masks, losses, accumulation, clipping and the update.
 """
 
 import itertools
-import json
 import math
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import checkpoint_of, entries, run_stage, start
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -230,67 +228,41 @@ def start_of(case):
     return net
 
 
-@pytest.fixture(scope="session")
-def run(folder, tmp_path_factory):
-    """Runs the command line of a case, once; returns the folder with what the stage leaves."""
-    out = tmp_path_factory.mktemp("runs")
-
-    def words_of(case):
-        stage, world, flags, _ = CASES[case]
-        (out / case).mkdir()
-        torch.save(start_of(case).state_dict(), out / case / "start.pt")
-        words = [stage.__name__, "--init", out / case / "start.pt", "--output_dir", out / case]
-        words += ["--data", folder / "ava" if stage is finetune_ava else folder]
-        words += ["--micro_batch", flags["batch_size"] // world // MICRO_STEPS]
-        for name, value in flags.items():
-            if isinstance(value, bool):
-                words += [f"--{name}" if value else f"--no-{name}"]
-            else:
-                words += [f"--{name}", *(value if isinstance(value, list) else [value])]
-        return list(map(str, words))
-
-    def run(case):
-        stage, world, _, _ = CASES[case]
-        if world == 1:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(sys, "argv", words_of(case))
-                patch.setitem(model.SIZES, "vit_b", model.SIZES["vit_demo"])
-                stage.main()
-        elif not (out / case).exists():  # all by one torchrun: to start takes longer than to train
-            lines = [words_of(case) for case, (_, world, *_) in CASES.items() if world == 2]
-            (out / "stages.py").write_text(STAGES)
-            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-            program = [sys.executable, *launcher, str(out / "stages.py"), json.dumps(lines)]
-            subprocess.run(program, timeout=200, check=False)
-        return out / case
-
-    return run
-
-
-STAGES = f"""\
-import importlib, json, sys
-sys.path[:0] = {sys.path}
-for words in json.loads(sys.argv[1]):
-    sys.argv = words
-    importlib.import_module(words[0]).main()
-"""
+def run(case, folder, out, monkeypatch):
+    """Runs the command line of a case, which leaves its files in a folder."""
+    stage, world, flags, _ = CASES[case]
+    torch.save(start_of(case).state_dict(), out / "start.pt")
+    words = ["--init", out / "start.pt", "--output_dir", out]
+    words += ["--data", folder / "ava" if stage is finetune_ava else folder]
+    words += ["--micro_batch", flags["batch_size"] // world // MICRO_STEPS]
+    for name, value in flags.items():
+        if isinstance(value, bool):
+            words += [f"--{name}" if value else f"--no-{name}"]
+        else:
+            words += [f"--{name}", *(value if isinstance(value, list) else [value])]
+    line = " ".join(map(str, words))
+    if world == 1:
+        monkeypatch.setitem(model.SIZES, "vit_b", model.SIZES["vit_demo"])
+        assert run_stage(stage.__name__, line) == ""
+    else:
+        code, text = start(stage.__name__, line, world).finish()
+        assert code == 0, text
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_three_steps_are_those_written_out(case, folder, run, monkeypatch):
+def test_three_steps_are_those_written_out(case, folder, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # sums in the same order
     torch.set_num_threads(1)
-    out = run(case)
+    run(case, folder, tmp_path, monkeypatch)
     stage, world, flags, settings = CASES[case]
-    net, start = start_of(case), torch.load(out / "start.pt")
+    net = start_of(case)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
     lines = train(stage, world, flags, settings, net, clips_of(stage, flags, folder))
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert len(log) == STEPS
-    for line, expected in zip(log, lines):
+    for line, expected in zip(entries(tmp_path), lines, strict=True):
         assert {name: line[name] for name in expected} == pytest.approx(expected, rel=1e-5)
-    saved = torch.load(out / "checkpoint.pt")["model"]
-    assert saved.keys() == start.keys()
+    saved = checkpoint_of(tmp_path)["model"]
+    assert saved.keys() == before.keys()
     for name, value in net.state_dict().items():
         if not name.endswith("attn.k.bias"):  # which softmax does not see: its gradient is rounding
-            change, expected = saved[name] - start[name], value - start[name]
+            change, expected = saved[name] - before[name], value - before[name]
             assert (change - expected).norm() <= 1e-4 * expected.norm(), name

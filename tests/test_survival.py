@@ -4,19 +4,27 @@ The README's table on fault tolerance has a row for each. `pytest -m long` does 
 """
 
 import os
-import pickle
 import random
 import re
-import resource
 import shutil
 import signal
 import time
-from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import STAGES, damaged, entries, family, len_log, line_of, ranks_of, run_stage, start
+from conftest import (
+    STAGES,
+    encode,
+    entries,
+    family,
+    len_log,
+    line_of,
+    noise_frames,
+    run_stage,
+    start,
+)
 
 import data
 import mae_pretrain
@@ -26,14 +34,11 @@ from model import InputError
 long = pytest.mark.long
 OTHERS = [pytest.param(stage, marks=long) for stage in ("finetune_cls", "finetune_ava")]
 SLOW = """
-def slow(*args, load=data.{0}.load):  # a step takes as long as a kill needs to hit it
-    time.sleep(0.1)
-    return load(*args)
-data.{0}.load = slow
+def slowed(load):  # a step takes as long as a kill needs to hit it
+    return lambda *args: [time.sleep(0.1), load(*args)][1]
+for kind in (data.ClipDataset, data.KeyframeDataset):
+    kind.load = slowed(kind.load)
 """
-SLOW = {stage: SLOW.format("ClipDataset") for stage in STAGES}
-SLOW["finetune_ava"] = SLOW["finetune_ava"].replace("ClipDataset", "KeyframeDataset")
-STEPS_30 = dict(zip(STAGES, ("--epochs 60", "--epochs 30", "--epochs 15")))
 EAGER = """
 import torch
 plain = torch.nn.Module.compile
@@ -60,87 +65,78 @@ def assert_same_bits(one, other):
 # ------------------------------------------------------------------------------ kills and signals
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=long) for seed in (1, 2, 3))])
 @pytest.mark.parametrize("stage", ["mae_pretrain", *OTHERS])
-def test_a_killed_run_goes_on_in_the_same_bits(stage, seed, videos, whole, tmp_path):
+def test_a_killed_run_goes_on_in_the_same_bits(stage, videos, whole, tmp_path):
     """kill -9 at a random moment after the first checkpoint; the same command again."""
-    rng, workers = random.Random(seed), f"--num_workers {0 if seed % 2 else 2}"
-    line = line_of(stage, videos, tmp_path, workers, "--save_minutes 0.001")  # every step or two
-    job, lines = start(stage, line, harm=SLOW[stage]), rng.randint(2, 9)
+    line = line_of(stage, videos, tmp_path, "--num_workers 2 --save_minutes 0.001")
+    job, lines = start(stage, line, harm=SLOW), random.randint(2, 6)
     job.wait_for(lambda: len_log(tmp_path) >= lines and (tmp_path / "checkpoint.pt").exists())
-    time.sleep(rng.uniform(0, 0.2))
+    time.sleep(random.uniform(0, 0.2))
     os.killpg(job.pid, signal.SIGKILL)
     job.finish()
     assert 0 < m.read_checkpoint(m.find_checkpoint(tmp_path))["step"] < 12
     with open(tmp_path / "log.jsonl", "a") as log:  # what is beyond the checkpoint is forgotten
         log.write('{"step": 11, "loss": 9.0}\n{"step": 12, "lo')
     code, text = start(stage, line_of(stage, videos, tmp_path)).finish()
-    assert code == 0 and "going on after step" in text, text
+    assert code == 0 and "resuming after step" in text, text
     assert_same_bits(tmp_path, whole(stage))
 
 
-def stop_and_go_on(stage, more, videos, out, harm=""):
-    """Stop torchrun itself with SIGTERM amid 30 steps, and give the command again."""
-    line = line_of(stage, videos, out, STEPS_30[stage], more)
-    job = start(stage, line, 2, SLOW[stage] + harm, launcher="torchrun")
+def stop_and_go_on(stage, more, videos, out, launcher, harm=""):
+    """Stop a group with SIGTERM amid its steps, and give the command again."""
+    line = line_of(stage, videos, out, more)
+    job = start(stage, line, 2, SLOW + harm, launcher)
     job.wait_for(lambda: len_log(out) >= 3)
-    os.kill(job.pid, signal.SIGTERM)
+    for process in job.processes:  # or torchrun alone, which passes it on
+        os.kill(process.pid, signal.SIGTERM)
     code, text = job.finish()
     assert code != 0 and "asked to stop (SIGTERM): saved after step" in text, text
-    assert 2 < m.read_checkpoint(out)["step"] < 30
-    code, text = start(stage, line, 2, harm, launcher="torchrun").finish()
-    assert code == 0 and "going on after step" in text, text
+    step = m.read_checkpoint(out)["step"]
+    assert f"saved after step {step} of" in text
+    code, text = start(stage, line, 2, harm, launcher).finish()
+    assert code == 0 and f"resuming after step {step}" in text, text
 
 
-def test_a_group_stopped_by_sigterm_to_torchrun_goes_on_in_the_same_bits(videos, whole, tmp_path):
-    stop_and_go_on("mae_pretrain", "", videos, tmp_path)
-    assert_same_bits(tmp_path, whole("mae_pretrain", STEPS_30["mae_pretrain"], "", processes=2))
+def test_a_group_stopped_by_sigterm_goes_on_in_the_same_bits(videos, whole, tmp_path):
+    stop_and_go_on("mae_pretrain", "", videos, tmp_path, "fork")
+    assert_same_bits(tmp_path, whole("mae_pretrain", processes=2))
 
 
 @long
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_compiled_group_goes_on_in_the_same_bits_too(stage, videos, whole, tmp_path):
-    stop_and_go_on(stage, "--compile", videos, tmp_path, EAGER)
-    more = STEPS_30[stage], "--compile"
-    assert_same_bits(tmp_path, whole(stage, *more, processes=2, harm=EAGER))
+def test_a_compiled_group_of_torchrun_goes_on_in_the_same_bits(stage, videos, whole, tmp_path):
+    stop_and_go_on(stage, "--compile", videos, tmp_path, "torchrun", EAGER)
+    assert_same_bits(tmp_path, whole(stage, "--compile", processes=2, harm=EAGER))
+    plain = entries(whole(stage, processes=2))
+    for ours, theirs in zip(entries(tmp_path), plain, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-2)
 
 
 @long
 @pytest.mark.parametrize("stage", STAGES)
 def test_torchrun_brings_back_a_group_that_lost_a_process(stage, videos, whole, tmp_path):
-    line = line_of(stage, videos, tmp_path, "--save_minutes 0 --num_workers 1")
-    job = start(stage, line, 2, SLOW[stage], launcher="torchrun", restarts=1)
+    line = line_of(stage, videos, tmp_path, "--save_minutes 0")
+    job = start(stage, line, 2, SLOW, launcher="torchrun", restarts=1)
     job.wait_for(lambda: len_log(tmp_path) >= 3)
-    os.kill(ranks_of(job)[1], signal.SIGKILL)
+    os.kill(family(job.pid)[2], signal.SIGKILL)  # rank 1; family()[0] is torchrun
     code, text = job.finish()
-    assert code == 0 and "going on after step" in text, text
+    assert code == 0 and "resuming after step" in text, text
     assert_same_bits(tmp_path, whole(stage, processes=2))
 
 
-SIGTERM, SIGINT = signal.SIGTERM, signal.SIGINT
-USERS = [(SIGTERM, "python", 1), (SIGINT, "python", 1), (SIGTERM, "torchrun", 2)]
-USERS = [pytest.param(*case, marks=long) for case in USERS]
-
-
-@pytest.mark.parametrize("number, launcher, processes", [(SIGTERM, "fork", 1), *USERS])
-def test_sigterm_or_ctrl_c_saves_and_leaves(number, launcher, processes, videos, whole, tmp_path):
-    interval = 100 if processes == 1 else 4  # where a group leaves; a process alone needs none
-    line = line_of("mae_pretrain", videos, tmp_path, f"--num_workers 1 --log_interval {interval}")
-    job = start("mae_pretrain", line, processes, SLOW["mae_pretrain"], launcher)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_sigterm_or_ctrl_c_saves_and_leaves(number, videos, tmp_path):
+    line = line_of("mae_pretrain", videos, tmp_path, "--num_workers 1 --log_interval 100")
+    job = start("mae_pretrain", line, harm=SLOW)
     job.wait_for(lambda: "0/12" in job.printed)
     time.sleep(1)
-    os.killpg(job.pid, number)  # as a scheduler does: launcher, processes and workers alike
+    os.killpg(job.pid, number)  # as a scheduler does: the process and its workers alike
     code, text = job.finish(25)
-    assert code == 143 or processes > 1
-    assert f"asked to stop ({number.name}): saved after step" in text
-    assert "the same command goes on from there" in text
-    assert "Traceback" not in text or processes > 1  # torchrun reports the signal in its own way
+    assert code == 143 and "Traceback" not in text, text
     step = m.read_checkpoint(tmp_path)["step"]
-    assert 0 < step < 12 and f"after step {step} of 12" in text
-    code, text = start("mae_pretrain", line, processes).finish()
-    assert code == 0 and f"going on after step {step}" in text
-    theirs = outcome(whole("mae_pretrain", processes=processes))[0]
-    torch.testing.assert_close(outcome(tmp_path)[0], theirs, rtol=0, atol=0)
+    assert 0 < step < 12
+    assert f"asked to stop ({number.name}): saved after step {step} of 12" in text
+    assert "the same command resumes from there" in text
 
 
 def test_ctrl_c_twice_ends_at_once(videos, tmp_path):
@@ -152,7 +148,7 @@ def test_ctrl_c_twice_ends_at_once(videos, tmp_path):
     began = time.monotonic()
     code, text = job.finish()
     assert code == 1 and time.monotonic() - began < 20 and "Traceback" not in text
-    assert "mae_pretrain.py: interrupted; the same command goes on" in text
+    assert "mae_pretrain.py: interrupted; the same command resumes" in text
 
 
 # ------------------------------------------------------------------------------------ checkpoints
@@ -177,77 +173,49 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_a_whole_one(tmp_path):
     assert len(set(steps)) > 4  # killed at different moments
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "zeroed", "text", "gone"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "text", "gone"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(damage, tmp_path, capsys):
     path, previous = tmp_path / "checkpoint.pt", tmp_path / "checkpoint_previous.pt"
     for step in (1, 2):
         m.save_checkpoint(tmp_path, dict(model=torch.full((1000,), float(step)), step=step))
-    content = bytearray(path.read_bytes())
     assert m.find_checkpoint(tmp_path) == path
-    if damage == "flipped":
-        content[content.index(np.float32(2).tobytes() * 8) + 2] ^= 16  # one bit of one weight
-    elif damage == "zeroed":
-        content[300:600] = bytes(300)
-    other = {"cut": content[: len(content) // 2], "empty": b"", "text": b"words"}
-    path.write_bytes(other.get(damage, content))
+    content = path.read_bytes()
+    flipped = bytearray(content)
+    flipped[content.index(np.float32(2).tobytes() * 8) + 2] ^= 16  # one bit of one weight
     if damage == "gone":  # a kill between the two renames
         path.unlink()
+    else:
+        damaged = dict(cut=content[: len(content) // 2], empty=b"", flipped=flipped, text=b"words")
+        path.write_bytes(damaged[damage])
     assert m.find_checkpoint(tmp_path) == previous
     assert m.read_checkpoint(previous)["step"] == 1
-    warning = f"warning: {path}: not a checkpoint that can be read"
+    warning = f"warning: {path}: not a readable checkpoint"
     assert (warning in capsys.readouterr().out) == (damage != "gone")
     previous.write_bytes(b"")
-    with pytest.raises(InputError, match=r"no checkpoint in it can be read; --no-resume starts"):
+    with pytest.raises(
+        InputError, match=r"none of its checkpoints can be read; --no-resume starts"
+    ):
         m.find_checkpoint(tmp_path)
 
 
 FULL = """
 import resource
-def full(*args, {0}={1}.{0}, calls=[], **settings):
+def full(*args, save=m.save_checkpoint, calls=[]):
     calls.append(1)
     if len(calls) == 3:  # the system lets no file grow any more, as when a disk is full
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-        {2}
-    return {0}(*args, **settings)
-{1}.{0} = full
+    save(*args)
+m.save_checkpoint = full
 """
 
 
-@pytest.mark.parametrize(
-    "name, harm",
-    [
-        ("checkpoint.pt", FULL.format("save_checkpoint", "m", "")),
-        ("log.jsonl", FULL.format("log", "m.Run", "(args[0].out / 'log.jsonl').write_bytes(bytes(100_000))")),
-    ],
-)  # fmt: skip
-def test_a_full_disk_stops_the_run_with_one_line_that_names_the_file(name, harm, videos, tmp_path):
+def test_a_full_disk_stops_the_run_with_one_line_that_names_the_file(videos, tmp_path):
     line = line_of("mae_pretrain", videos, tmp_path, "--save_minutes 0")
-    code, text = start("mae_pretrain", line, harm=harm).finish()
+    code, text = start("mae_pretrain", line, harm=FULL).finish()
     assert code == 1 and "Traceback" not in text, text
-    error = rf"error: {tmp_path}/{name}: cannot be written: .*File too large\n"
+    error = rf"error: {tmp_path}/checkpoint.pt: cannot be written: .*File too large\n"
     assert re.search(error, text), text
     assert m.read_checkpoint(m.find_checkpoint(tmp_path))["step"] == 2  # the last good one
-
-
-class Payload:
-    def __reduce__(self):
-        return os.system, ("touch RAN",)
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("use", ["--init", "resume", "--visualize x.mp4 --init"])
-def test_code_in_a_checkpoint_does_not_run(use, zipped, videos, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "run" / "checkpoint.pt"
-    path.parent.mkdir()
-    if zipped:
-        torch.save({"model": {"a": torch.zeros(1)}, "step": Payload()}, path)
-    else:
-        path.write_bytes(pickle.dumps(Payload()))
-    out = "run" if use == "resume" else "other"
-    more = "" if use == "resume" else f"{use} {path}"
-    message = run_stage("mae_pretrain", line_of("mae_pretrain", videos, tmp_path / out, more))
-    assert "error: " in message and "checkpoint" in message and not (tmp_path / "RAN").exists()
 
 
 @pytest.fixture
@@ -258,111 +226,81 @@ def other_run(whole, tmp_path):
     return tmp_path / "run"
 
 
-def test_no_resume_keeps_the_replaced_checkpoint_and_leaves_it(other_run, videos, monkeypatch):
+def test_no_resume_keeps_the_replaced_checkpoint_and_a_restart_does_not_replace_it_again(
+    other_run, videos, monkeypatch, capsys
+):
     old = (other_run / "checkpoint.pt").read_bytes()
     line = line_of("mae_pretrain", videos, other_run, "--no-resume --seed 1")
-
-    def killed(*_):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(m.Run, "record", killed)
+        patch.setattr(m.Run, "record", Mock(side_effect=KeyboardInterrupt))
         assert "interrupted" in run_stage("mae_pretrain", line)
     assert not list(other_run.glob("*.pt"))
     assert (other_run / "checkpoint.pt.replaced").read_bytes() == old
-    # torchrun starts the group again, before the new run's first checkpoint: from the beginning
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    saved = []
-    monkeypatch.setattr(m.Run, "save", lambda run, *_, **__: saved.append(run.done))
-    assert run_stage("mae_pretrain", line) == "" and len_log(other_run) == 12 and saved == [12]
-
-
-def test_a_restart_goes_on_in_spite_of_no_resume(other_run, videos, monkeypatch, capsys):
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    before = (other_run / "checkpoint.pt").read_bytes()
-    line = line_of("mae_pretrain", videos, other_run, "--no-resume")
-    assert run_stage("mae_pretrain", line) == ""
-    assert "going on after step 12" in capsys.readouterr().out
-    assert (other_run / "checkpoint.pt").read_bytes() == before
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # by torchrun, before the first save
+    assert run_stage("mae_pretrain", line) == "" and len_log(other_run) == 12
+    capsys.readouterr()
+    assert run_stage("mae_pretrain", line) == ""  # and after it
+    assert "resuming after step 12" in capsys.readouterr().out
+    assert (other_run / "checkpoint.pt.replaced").read_bytes() == old
 
 
 # ----------------------------------------------------------------------------------------- videos
 
 
-def small_args():
-    return mae_pretrain.parse_args(["--model", "vit_demo", "--img_size", "24"])
+FORMATS = {"a.mp4": "libx264", "a.mkv": "libx264", "a.webm": "libvpx-vp9", "a.avi": "mpeg4"}
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(600, marks=long)])
-def test_damaged_videos_give_a_clip_or_a_reason(count, tmp_path):
-    paths = damaged(tmp_path, count)
-    views = data.MultiViewDataset(data.VideoList("", "", paths), small_args(), (2, 3))
-    good, reasons = 0, []
-    for sample in torch.utils.data.DataLoader(views, batch_size=None, num_workers=2):
-        if "video" in sample:
-            assert sample["video"].shape == (6, 16, 24, 24, 3)
-        good, reasons = good + ("video" in sample), reasons + [sample.get("failure", "")]
-    reasons = list(filter(None, reasons))
-    assert good + len(reasons) == len(paths) and good > count // 6
-    assert len(reasons) > count // 12 and len(set(reasons)) > 2
-
-
-@pytest.mark.parametrize("times", [90, pytest.param(2700, marks=long)])
-def test_decoding_leaks_neither_file_handles_nor_memory(times, videos, tmp_path):
-    content = (videos / "val" / "val0_000005_000008.mp4").read_bytes()
-    (tmp_path / "good.mp4").write_bytes(content)
-    (tmp_path / "bad.mp4").write_bytes(content[:2000] + bytes(len(content) - 2000))
-    names, seen = ["good.mp4", "bad.mp4", "missing.mp4"], []
-    views = data.MultiViewDataset(data.VideoList("", tmp_path, names), small_args(), (1, 3))
-    for i in range(times):
-        assert ("video" in views[i % 3]) == (i % 3 == 0)
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        seen.append((len(os.listdir("/proc/self/fd")), pages * resource.getpagesize()))
-    (handles, memory), (handles_before, memory_before) = seen[-1], seen[times // 4]
-    assert handles == handles_before and memory < memory_before + 10e6  # caches are full by then
+def test_damaged_videos_give_a_clip_or_a_reason(tmp_path):
+    rng, paths = random.Random(0), []
+    for name, codec in FORMATS.items():
+        content = encode(tmp_path / name, noise_frames(40), codec=codec).read_bytes()
+        for i in range(12):
+            damaged, at = bytearray(content), rng.randrange(len(content))
+            length = rng.randint(1, len(content) // 5)
+            if i % 3 == 0:
+                del damaged[at:]
+            elif i % 3 == 1:
+                del damaged[at : at + length]
+            else:
+                damaged[at : at + length] = rng.randbytes(length)
+            paths.append(tmp_path / f"{i}{name}")
+            paths[-1].write_bytes(damaged)
+    args = mae_pretrain.parse_args(["--model", "vit_demo", "--img_size", "24"])
+    views = data.MultiViewDataset(data.VideoList("", "", paths), args, (2, 3))
+    handles = len(os.listdir("/proc/self/fd"))
+    samples = [views[i] for i in range(len(paths))]
+    assert len(os.listdir("/proc/self/fd")) == handles  # none is left open
+    clips = [sample["video"] for sample in samples if "video" in sample]
+    reasons = {sample["failure"] for sample in samples if "video" not in sample}
+    assert len(clips) > 10 and all(clip.shape == (6, 16, 24, 24, 3) for clip in clips)
+    assert len(reasons) > 1
 
 
 def test_each_broken_video_is_logged_once_and_more_than_allowed_stop_the_run(videos, tmp_path):
-    some, out, broken = tmp_path / "some", tmp_path / "out", ["w.mp4", "x.mp4", "y.mp4", "z.mp4"]
+    some, out = tmp_path / "some", tmp_path / "out"
+    broken = ["x.mp4", "y.mp4", "z.mp4", os.fsdecode(b"caf\xe9.mp4")]  # any bytes may be a name
     shutil.copytree(videos / "train", some)
     for name in broken:
         (some / name).write_text("words")
     line = line_of("mae_pretrain", videos, out, f"--data {some} --epochs 8")  # two passes
     code, text = start("mae_pretrain", line, 2).finish()
-    assert code == 0 and "4 videos could not be used: see failures.log" in text, text
+    assert code == 0 and "4 videos could not be read: see failures.log" in text, text
     rows = [row.split("\t") for row in (out / "failures.log").read_text().splitlines()]
-    assert sorted(path for path, _ in rows) == [str(some / name) for name in broken]
+    names = ["caf\\xe9.mp4", "x.mp4", "y.mp4", "z.mp4"]
+    assert sorted(path for path, _ in rows) == [f"{some}/{name}" for name in names]
     assert all("cannot be opened" in reason for _, reason in rows)
     assert [entry["step"] for entry in entries(out)] == [1, 2, 3, 4, 5, 6]
     message = run_stage("mae_pretrain", line, "--no-resume --max_failures 3 --log_interval 6")
-    assert "error: 4 of 12 videos cannot be used, more than --max_failures 3; " in message
-    assert "failures.log names each" in message and "\n" not in message
+    assert "error: 4 of 12 videos cannot be read, more than --max_failures 3; " in message
+    assert "failures.log" in message and "\n" not in message
 
 
 # -------------------------------------------------------------------------------------- processes
 
 
-def test_a_print_on_any_rank_is_shown(videos, tmp_path):
-    """As of someone who forks the code and adds a line."""
-    line = line_of("mae_pretrain", videos, tmp_path, "--epochs 6")
-    harm = "print('here is rank', os.environ['RANK'])\n"
-    harm += "def record(*a, f=m.Run.record):\n    print('step on', m.RANK)\n    f(*a)\n"
-    _, text = start("mae_pretrain", line, 2, harm + "m.Run.record = record").finish()
-    for rank in (0, 1):
-        assert text.count(f"here is rank {rank}") == 1 and text.count(f"step on {rank}") == 3
-
-
-@long
-def test_a_group_ends_well_ten_times_of_ten(videos, tmp_path):
-    line = line_of("mae_pretrain", videos, tmp_path, "--epochs 4 --no-resume")
-    for _ in range(10):
-        code, text = start("mae_pretrain", line, 2, launcher="torchrun").finish()
-        assert code == 0 and not re.search("abort|terminate|Traceback|SIG", text, re.I), text
-
-
 def test_a_killed_worker_is_one_line_and_no_hang(videos, tmp_path):
     line = line_of("mae_pretrain", videos, tmp_path, "--num_workers 2")
-    job = start("mae_pretrain", line, harm=SLOW["mae_pretrain"])
+    job = start("mae_pretrain", line, harm=SLOW)
     job.wait_for(lambda: len_log(tmp_path) >= 1 and len(family(job.pid)) >= 3)
     os.kill(family(job.pid)[-1], signal.SIGKILL)
     code, text = job.finish(40)
@@ -375,14 +313,14 @@ POISON = """
 def poisoned(*args, forward=m.MAE.forward, calls=[], **settings):
     calls.append(1)
     loss, pred, mask = forward(*args, **settings)
-    return loss * (float("nan") if m.RANK == {rank} and len(calls) == 4 else 1), pred, mask
+    return loss * (float("nan") if m.RANK == 1 and len(calls) == 4 else 1), pred, mask
 m.MAE.forward = poisoned
 """
 
 
 def test_a_loss_that_is_not_finite_stops_all_processes_with_what_to_do(videos, tmp_path):
     line = line_of("mae_pretrain", videos, tmp_path, "--save_minutes 0")
-    code, text = start("mae_pretrain", line, 2, POISON.format(rank=1)).finish(60)
+    code, text = start("mae_pretrain", line, 2, POISON).finish(60)
     assert code == 1 and "Traceback" not in text
     said = r"mae_pretrain.py: error: step 2: loss nan, .*Lower --lr, or try --precision fp32"
     assert len(re.findall(said, text)) == 2, text
@@ -392,89 +330,48 @@ def test_a_loss_that_is_not_finite_stops_all_processes_with_what_to_do(videos, t
     assert checkpoint["step"] == 2 and checkpoint["model"]["norm.weight"].isfinite().all()
 
 
-def test_at_most_ten_videos_of_a_bad_step_are_named(demo, tmp_path, monkeypatch):
-    paths = sorted((demo / "train").iterdir()) * 2
-    (tmp_path / "train.txt").write_text("".join(f"{path} 0\n" for path in paths))
-    nan = torch.tensor(float("nan"))
-    monkeypatch.setattr(m.Run, "record", lambda run, *_, f=m.Run.record: f(run, nan, nan))
-    line = line_of("mae_pretrain", demo, tmp_path / "out", f"--data {tmp_path} --batch_size 16")
-    assert len(run_stage("mae_pretrain", line).splitlines()) == 11
-
-
-@pytest.mark.parametrize("error", ["m.InputError", "ValueError"])
-def test_a_process_that_ends_alone_leaves_no_other_nor_a_worker(error, videos, tmp_path):
-    harm = f"""
+FAILING = """
 def failing(run, *args, record=m.Run.record, **settings):
     if m.RANK == 1 and run.done == 3:
-        raise {error}("made up")
+        raise ValueError("made up")
     return record(run, *args, **settings)
-m.Run.record = failing"""
+m.Run.record = failing
+"""
+
+
+def test_a_process_that_ends_alone_leaves_no_other_nor_a_worker(videos, tmp_path):
     line = line_of("mae_pretrain", videos, tmp_path, "--num_workers 1 --epochs 400")
-    job = start("mae_pretrain", line, 2, harm)
+    job = start("mae_pretrain", line, 2, FAILING)
     code, text = job.finish(60)
-    shown = "ValueError" if error == "ValueError" else "mae_pretrain.py: error"
-    assert code == 1 and f"{shown}: made up" in text
+    assert code == 1 and "ValueError: made up" in text
     assert "; another process has ended or does not answer" in text, text
     for process in job.processes:  # a session of its own: its workers are in it, too
         with pytest.raises(ProcessLookupError):
             os.killpg(process.pid, 0)
 
 
-@long
-def test_a_process_that_hangs_is_given_up_after_the_time_limit(videos, tmp_path):
-    harm = SLOW["mae_pretrain"] + "\nimport datetime\nm.TIMEOUT = datetime.timedelta(seconds=8)"
-    job = start("mae_pretrain", line_of("mae_pretrain", videos, tmp_path), 2, harm, "torchrun")
-    job.wait_for(lambda: len_log(tmp_path) >= 1)
-    os.kill(ranks_of(job)[1], signal.SIGSTOP)
-    code, text = job.finish(90)
-    assert code != 0 and "another process has ended or does not answer" in text, text
-
-
-def test_processes_at_different_steps_are_told_to_share_the_folder(videos, tmp_path, monkeypatch):
-    monkeypatch.setattr(m, "gather", lambda value: [value, 1] if value == 0 else [value])
-    message = run_stage("mae_pretrain", line_of("mae_pretrain", videos, tmp_path))
-    assert "start at steps [0, 1]; do all share this folder?" in message
-
-
-# -------------------------------------------------------------------------------------- wrong use
-
-
-def test_other_arguments_neither_overwrite_nor_continue_a_run(other_run, videos, whole, capsys):
+def test_other_arguments_neither_overwrite_nor_continue_a_run(other_run, videos, capsys):
     before = (other_run / "checkpoint.pt").read_bytes()
     line = line_of("mae_pretrain", videos, other_run)
-    for more, said in {
-        "--lr 2e-3 --repeat_aug 2": r"\(--lr was 0.001, is 0.002; --repeat_aug was 4, is 2\)",
-        f"--init {whole('mae_pretrain')}": r"\(--init was None, is .*\)",
-        "--pred_t_dim 16": r"\(--pred_t_dim was None, is 16\)",
-    }.items():
-        message = run_stage("mae_pretrain", line, more)
-        assert re.search(rf"error: .*other arguments {said}.*--no-resume", message), message
+    message = run_stage("mae_pretrain", line, "--lr 2e-3 --pred_t_dim 16")
+    said = r"\(--lr was 0.001, is 0.002; --pred_t_dim was None, is 16\)"
+    assert re.search(rf"error: .*other arguments {said}.*--no-resume", message), message
     message = run_stage("finetune_cls", line_of("finetune_cls", videos, other_run))
     assert "--stage was mae_pretrain, is finetune_cls" in message
     assert (other_run / "checkpoint.pt").read_bytes() == before
     capsys.readouterr()
     free = "--micro_batch 4 --num_workers 1 --log_interval 3 --save_minutes 1 --max_failures 9"
     assert run_stage("mae_pretrain", line, free, "--grad_checkpointing") == ""
-    assert "going on after step 12" in capsys.readouterr().out
-
-
-def test_wrong_use_is_told_in_one_line(videos, tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    line = line_of("mae_pretrain", videos, tmp_path / "file" / "run")
-    message = run_stage("mae_pretrain", line)
-    assert message.startswith(f"mae_pretrain.py: error: {tmp_path}/file") and "\n" not in message
-    assert run_stage("mae_pretrain", line, "--learning_rate 1") == "2"
-    assert "unrecognized arguments: --learning_rate 1" in capsys.readouterr().err
+    assert "resuming after step 12" in capsys.readouterr().out
 
 
 def test_a_list_that_changed_between_runs_is_said_with_both_hashes(videos, tmp_path, capsys):
-    shutil.copytree(videos / "train", tmp_path / "train")
-    line = line_of("mae_pretrain", videos, tmp_path / "out", f"--data {tmp_path}/train --epochs 4")
-    digests = [data.find_videos(tmp_path / "train").digest]
-    assert run_stage("mae_pretrain", line) == ""
-    (tmp_path / "train" / "train0_000005_000008.mp4").rename(tmp_path / "train" / "renamed.mp4")
-    digests.append(data.find_videos(tmp_path / "train").digest)
-    capsys.readouterr()
-    assert run_stage("mae_pretrain", line) == "" and len(set(digests)) == 2
+    folder, digests = tmp_path / "train", []
+    shutil.copytree(videos / "train", folder)
+    line = line_of("mae_pretrain", videos, tmp_path / "out", f"--data {folder} --epochs 4")
+    for name in ("train0_000005_000008.mp4", "renamed.mp4"):
+        (folder / "train0_000005_000008.mp4").replace(folder / name)
+        digests.append(data.find_videos(folder).digest)
+        assert run_stage("mae_pretrain", line) == ""
     said = "warning: the list has changed: was {}, is {}".format(*digests)
-    assert said in capsys.readouterr().out
+    assert said in capsys.readouterr().out and len(set(digests)) == 2
