@@ -1,11 +1,9 @@
 """How fast it is, as shares of limits that are measured in the same run: on a laptop as on a GPU.
 
-    python tests/benchmark.py step                pre-training step at each mask ratio; fine-tuning
-    python tests/benchmark.py step --model vit_l --clips 1 --ratios 0 0.9
-    python tests/benchmark.py data [VIDEO ...]    loading, on one core, against decoding alone
-    python tests/benchmark.py plan --gpus 8       what whole runs take: hours, and cores to decode with
-
-What was tried for speed, and what it gave, stands in tests/RESULTS.md.
+python tests/benchmark.py step                pre-training step at each mask ratio; fine-tuning
+python tests/benchmark.py step --model vit_l --clips 1 --ratios 0 0.9
+python tests/benchmark.py data [VIDEO ...]    loading, on one core, against decoding alone
+python tests/benchmark.py plan --gpus 8       what whole runs take: hours, and cores to decode with
 """
 
 import argparse
@@ -63,9 +61,6 @@ def matrix_rate(device, precision):
         synchronize(device)
         count += 1
     return 2 * n**3 * count / (time.perf_counter() - start)
-
-
-# --------------------------------------------------------------------------------------------------------------- step
 
 
 def build(task, size, device="cpu", again=False):
@@ -178,9 +173,6 @@ def benchmark_step(args):
             print(f"{name}: {gain:.2f} x (Table 11: {paper})")
 
 
-# --------------------------------------------------------------------------------------------------------------- data
-
-
 KINETICS_FILES = {  # options of x264; the last is what the README prepares videos with
     "kinetics_gop250": {"crf": "23", "g": "250", "preset": "medium"},
     "kinetics_gop12": {"crf": "23", "g": "12", "preset": "medium"},
@@ -281,8 +273,6 @@ def one_row(path, stage, repeats):
     print(f"{repeats / spent['all']:9.1f}{spent['floor'] / spent['all']:10.0%}", flush=True)
     return repeats / spent["all"]
 
-
-# --------------------------------------------------------------------------------------------------------------- plan
 
 SETS = {"Kinetics-400": 240_000, "SSv2": 169_000, "AVA": 184_000}  # videos or keyframes to train on
 RECIPES = [  # stage, sizes, recipe, data set, mask ratio

@@ -28,6 +28,9 @@ ROOT = Path(__file__).parents[1]
 SHARED_VIDEOS = ROOT.parent / "shared" / "videos"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # figures are compared on the CPU
 tqdm.monitor_interval = 0  # its thread would be lost in a fork
+torch.zeros(
+    1, requires_grad=True
+).sum().backward()  # begun in torch.compile, autograd forbids forks
 
 
 def encode(
@@ -109,8 +112,6 @@ def folder(tmp_path_factory):
     (file.parent / "ava_train_excluded_timestamps_v2.2.csv").write_text("train0000,0904\n")
     return folder
 
-
-# ------------------------------------------------------------------------------------- the stages
 
 SMALL = (
     "--model vit_demo --img_size 24 --precision fp32 --log_interval 1 --save_minutes 100 "

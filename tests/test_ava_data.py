@@ -30,9 +30,6 @@ def write_csv(path, *rows):
     return path
 
 
-# ---------------------------------------------------------------------------- the official figure
-
-
 @pytest.fixture
 def score(tmp_path, monkeypatch, capsys):
     """Score by the command line: what it prints, as {name: text}."""
@@ -107,8 +104,6 @@ def test_equal_scores_are_ordered_as_the_official_evaluator_has_them(digits, sco
         expected = plain_average_precision(*all_rows, action)
         assert found[f"{action}"] == f"{expected:.6f}" and 0.02 < expected < 0.9
 
-
-# -------------------------------------------------------------------------------------- the files
 
 GOOD = ("a", "0902", 0.1, 0.1, 0.5, 0.5, 12, 0)
 WRONG = [  # scored, row, what is said of it
@@ -202,11 +197,11 @@ def test_training_takes_true_boxes_and_sure_ones_and_a_test_detected_ones_alone(
     assert read_keyframes(folder, "val", line) == detected | {("b", 1003): [(other, [5])]}
     with pytest.raises(InputError, match="no box reaches --detection_threshold"):
         read_keyframes(folder, "val", "--detection_threshold 2")
-    with pytest.raises(InputError, match=r"1 of 3 movies are not below .*videos: c; --videos FOLDER says"):
+    with pytest.raises(
+        InputError, match=r"1 of 3 movies are not below .*videos: c; --videos FOLDER says"
+    ):
         read_keyframes(folder, "train", "")
 
-
-# -------------------------------------------------------------------------------------- the clips
 
 # Of a bright box, as shares of the frame; off the middle in both directions: a mirror moves it.
 PLACE = 0.55, 0.3, 0.8, 0.65

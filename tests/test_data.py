@@ -37,9 +37,6 @@ def contents(videos):
     return list(zip(paths, labels))
 
 
-# ----------------------------------------------------------------------------------------- lists
-
-
 @pytest.mark.parametrize("separator", [" ", ",", ", ", "\t"])
 def test_lists_have_space_or_comma_and_maybe_a_byte_order_mark(separator, tmp_path):
     names = ["a.mp4", "my videos/b c.mp4", "/abs/d.mp4"]
@@ -148,9 +145,6 @@ def test_readers_of_lists_and_mask_types_can_be_added_from_outside(videos, tmp_p
     assert first_mask.call_count >= 8 and first_mask.call_args.args == ((8, 2, 2), 0.5)
 
 
-# -------------------------------------------------------------------------------------- sampling
-
-
 def clips_of(folder, line="", **more):
     """The clips of pre-training with the flags given; masks have 8 tokens."""
     args = mae_pretrain.parse_args(f"--data {folder} --img_size 32 --dataset x {line}".split())
@@ -214,9 +208,6 @@ def test_views_cover_the_video_and_touch_both_edges(videos):
     assert views.boxes(320, 240) == [(y, 0, 240, 240) for y in (0, 40, 80)]
     assert one.boxes(240, 320) == [(0, 40, 240, 240)]
     assert views[0]["video"].shape == (21, 16, 32, 32, 3)
-
-
-# --------------------------------------------------------------------------------------- batches
 
 
 def test_each_pass_holds_each_video_once_whatever_the_processes(monkeypatch):
@@ -290,9 +281,6 @@ def test_in_a_test_all_processes_meet_equally_often(length, monkeypatch):
         found |= values | failures
     assert found == {i: i**2 for i in range(length)} | {length // 2: "no"}
     assert len(meetings) == 3 * (1 + math.ceil(math.ceil(length / 3) / 20))
-
-
-# -------------------------------------------------------------------------------------- failures
 
 
 def test_a_broken_video_is_replaced_always_by_the_same(videos, tmp_path):

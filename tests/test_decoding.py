@@ -214,3 +214,15 @@ def test_cutting_and_scaling_in_one_pass_is_cutting_then_scaling(tmp_path):
     reference = F.resize(whole.permute(0, 3, 1, 2), [30, 40]).permute(0, 2, 3, 1)
     assert (data.to_clip(frames, (30, 40), box).float() - reference).abs().mean() < 2
     assert torch.equal(cut[2], cut[3])
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.avi"])
+def test_no_packet_is_decoded_twice(name, tmp_path):
+    path = encode(tmp_path / name, noise_frames(120), options={"g": "12", "bf": "2"})
+    for seed in range(4):
+        with data.Video(path) as video:
+            video.codec = Mock(wraps=video.codec)
+            video.frames(draw_times(video.duration, seed))
+            packets = [call.args[0] for call in video.codec.decode.call_args_list]
+        places = [packet.pos for packet in packets if packet]
+        assert len(places) == len(set(places)) > 0

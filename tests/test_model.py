@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -44,17 +43,15 @@ def clip(model):
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
 
-def loss_of(model, mask_ratio=0.5, part=slice(2)):
-    """A training loss of any of the three models, on a part of two random clips."""
+def loss_of(network, mask_ratio=0.5, part=slice(2)):
+    """A training loss of any of the three models, also in DDP, on a part of two random clips."""
+    model = getattr(network, "module", network)
     video, noise = clip(model)[part], torch.rand(2, math.prod(model.grid))[part]
     if isinstance(model, MAE):
-        return model(video, mask_ratio, noise)[0]
+        return network(video, mask_ratio, noise)[0]
     if isinstance(model, Classifier):
-        return F.cross_entropy(model(video, mask_ratio, noise), torch.tensor([1, 2])[part])
-    return model(video, BOXES[part]).sigmoid().log().sum() / len(video)
-
-
-# ----------------------------------------------------- other implementations, and the paper's
+        return F.cross_entropy(network(video, mask_ratio, noise), torch.tensor([1, 2])[part])
+    return network(video, BOXES[part]).sigmoid().log().sum() / len(video)
 
 
 def tensor(name, shape, std):
@@ -180,7 +177,11 @@ def test_init_is_the_papers():
     assert classifier.norm.eps == 1e-6
 
 
-# ------------------------------------------------------------------------- tubelets and masking
+def test_patchify_is_inverted_exactly_and_drops_the_remainder():
+    video = torch.randint(0, 256, (2, 3, 9, 50, 39), dtype=torch.uint8)
+    tubelets = m.patchify(video, 16, 2)
+    assert tubelets.shape == (2, 4 * 3 * 2, 2 * 16 * 16 * 3)
+    assert torch.equal(m.unpatchify(tubelets, (4, 3, 2), 16), video[:, :, :8, :48, :32])
 
 
 @pytest.mark.parametrize("name", ["MAE", "Classifier"])
@@ -250,9 +251,6 @@ def test_masks_have_exact_counts_and_structure(mask_type, ratio):
         assert differ == pytest.approx(by_chance, abs=0.06)
 
 
-# -------------------------------------------------------------------------------------- encoder
-
-
 def test_any_input_size_runs_with_positions_resized():
     assert tiny()(torch.randn(1, 3, 12, 48, 40), 0.75)[1].shape == (1, 6 * 6 * 5, 192)
     detector = THREE_MODELS["Detector"]()
@@ -304,9 +302,6 @@ def test_dropout_stands_before_the_head_in_training_alone(name):
     for training in (True, False):
         loss_of(model.train(training), 0)
     assert shares[0].item() == pytest.approx(0.3, abs=0.15) and shares[1] == 0
-
-
-# -------------------------------------------------------------------------------------- weights
 
 
 def positions_of(state, key):
@@ -401,9 +396,6 @@ def test_checkpoints_that_do_not_fit_or_hold_code_are_refused_by_name(
     assert "\n" not in str(caught.value) and not Path("RAN").exists()
 
 
-# ---------------------------------------------------------------------------------- detector
-
-
 def attend_with_bias(attention, x, grid):
     """Relative positions as an N x N matrix that is added to the logits, from R of each pair."""
     place = torch.cartesian_prod(*map(torch.arange, grid))  # (N, 3)
@@ -469,52 +461,3 @@ def test_the_region_head_takes_the_highest_of_7_x_7_bins_of_normed_features_aver
     assert (seen[0][3:] == 0).all() and (seen[0][:, 4:] == 0).all()  # outside; without area
     numbered = F.pad(boxes, (1, 0), value=1)
     assert torch.equal(detector(torch.zeros(2, 3, 8, 64, 80), numbered), logits)
-
-
-# -------------------------------------------------------------------------------- compiled blocks
-
-GRAPHS = {  # mask ratios; sizes to test at; most graphs to train, and to test, too
-    "MAE": ((0.9, 0.75, 0.5, 0.95, 0.6, 0.25), [(32, 32)], 3, 5),  # an ablation's
-    "Classifier": ((0.75, 0.7, 0.5, 0.25, 0.05, 0), [(32, 32)], 2, 3),
-    "Detector": ((0,), [(32, 40), (40, 48), (48, 32), (32, 56), (64, 32), (64, 72)], 1, 6),
-}
-TORCH_2_6 = torch.__version__ < "2.7"  # its aot_eager fails on relative positions; inductor works
-CASES = [(name, "aot_eager", again) for name in GRAPHS for again in (False, True)]
-CASES = [pytest.param(*case, marks=pytest.mark.long) for case in CASES]
-
-
-def assert_equal_steps(models, ratio):
-    for model in models:
-        torch.manual_seed(1)
-        model.zero_grad()
-        model.loss = loss_of(model, ratio)
-        model.loss.backward()
-    assert_close(*(model.loss for model in models))
-    for one, other in zip(*(model.parameters() for model in models)):
-        assert_close(one.grad, other.grad, atol=1e-5, rtol=1e-3)
-
-
-@pytest.mark.parametrize("name, backend, again", [("Classifier", "eager", False), *CASES])
-def test_blocks_take_few_graphs_and_give_the_same_losses(name, backend, again, monkeypatch):
-    ratios, sizes, most, most_with_tests = GRAPHS[name]
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    backend = "eager" if TORCH_2_6 and name == "Detector" else backend
-    graphs, plain = CompileCounterWithBackend(backend), torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: plain(self, backend=graphs))
-    more = {"grad_checkpointing": again} | ({} if name == "MAE" else {"drop_path": 0.2})
-    models = [THREE_MODELS[name](**more) for _ in range(2)]
-    models[0].load_state_dict(models[1].state_dict())
-    m.compile_blocks(models[0])
-    for ratio in ratios:
-        for _ in range(2):
-            assert_equal_steps(models, ratio)
-    assert 0 < graphs.frame_count <= most
-    noise = torch.rand(2, 64)
-    for size in sizes:
-        video = torch.randn(2, 3, 8, *size)
-        args = (video, BOXES) if name == "Detector" else (video, 0.5, noise)
-        with torch.no_grad():
-            assert_close(*(model.eval()(*args) for model in models))
-    assert_equal_steps([model.train() for model in models], ratios[0])
-    assert graphs.frame_count <= most_with_tests < torch._dynamo.config.cache_size_limit

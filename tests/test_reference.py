@@ -25,8 +25,6 @@ import finetune_cls
 import mae_pretrain
 import model
 
-# ------------------------------------------ the project's names, and the settings of the runs
-
 STEPS, MICRO_STEPS = 3, 2
 CLASSES = 8
 GRID, PATCH = (4, 3, 3), 8  # of clips of 8 x 24 x 24 in tubelets of 2 x 8 x 8
@@ -103,9 +101,6 @@ def model_of(stage, flags):
     if stage is finetune_cls:
         return model.Classifier(**encoder, num_classes=CLASSES)
     return model.Detector(**encoder, num_classes=80, rel_pos=flags["rel_pos"])
-
-
-# ------------------------------------------------------------------------------- the reference
 
 
 def train(stage, world, flags, settings, net, clips):
@@ -213,9 +208,6 @@ def detect(detector, samples, flags, step):
     target = torch.cat([sample["actions"] for sample in samples])  # (K, 80)
     logits = detector(pixels_of(samples), [sample["boxes"] for sample in samples])
     return -(target * F.logsigmoid(logits) + (1 - target) * F.logsigmoid(-logits))
-
-
-# ----------------------------------------------------------------------------------- the tests
 
 
 def start_of(case):

@@ -18,8 +18,6 @@ import finetune_cls
 import mae_pretrain
 import model as m
 
-# ---------------------------------------------------------------------------------------- recipes
-
 TABLES = {  # rows in the paper's order, as flags; a value for each model, or one for all
     (mae_pretrain, "KINETICS", "", "vit_b vit_l vit_h"): """
         optimizer "adamw"; betas [0.9, 0.95]; weight_decay 0.05; lr 1.6e-3; warmup_epochs 120;
@@ -90,6 +88,23 @@ def test_the_learning_rate_scales_with_the_batch_and_warm_up_shrinks_with_the_ep
     assert settled(mae_pretrain, "--epochs 200 --warmup_epochs 50").warmup_epochs == 50
 
 
+SHOWN = {  # values of ViT-L's recipe, of ViT-H's, of the demo's
+    "mae_pretrain": ("800 512 0.02", "800", "32 32"),
+    "finetune_cls": ("100 256 0.75", "75 0.8", "80 16"),
+    "finetune_ava": ("30 128 0.75", "0.85", "40 8"),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_has_groups_and_the_values_of_the_recipe_at_hand(stage, capsys):
+    for line, shown in zip(("", "--model vit_h", "--dataset demo"), SHOWN[stage]):
+        with pytest.raises(SystemExit):
+            sys.modules[stage].parse_args([*line.split(), "--help"])
+        out = " ".join(capsys.readouterr().out.split())
+        assert all(f"(default: {value})" in out for value in shown.split()), line
+    assert all(group in out for group in ["most used:", "clips:", "recipe:", "run:", "layouts:"])
+
+
 def test_a_model_without_a_rate_in_the_table_needs_one_to_train():
     line = "--recipe k600_intermediate --model vit_b"
     text = "error: no learning rate for vit_b in the recipe; give one with --lr"
@@ -98,8 +113,6 @@ def test_a_model_without_a_rate_in_the_table_needs_one_to_train():
     assert args.lr == 0.5 and args.layer_decay == 0.65  # as in Table 5b
     assert settled(finetune_ava, "--model vit_b --eval").layer_decay == 0.75  # ViT-L's
 
-
-# ------------------------------------------------------------------------------- what a run leaves
 
 ONE_STEP = dict(zip(STAGES, ("--epochs 2", "--epochs 1", "--epochs 0.5")))
 
@@ -209,21 +222,6 @@ def test_a_batch_without_any_box_is_no_error(videos, tmp_path, monkeypatch):
     monkeypatch.setattr(data.KeyframeDataset, "load", without_boxes)
     assert run_stage("finetune_ava", line_of("finetune_ava", videos, tmp_path, "--epochs 2")) == ""
     assert [entry["loss"] for entry in entries(tmp_path)] == [0, 0, 0, 0]
-
-
-@pytest.mark.long
-def test_training_learns_what_things_in_a_movie_do(videos, tmp_path):
-    notes, out = tmp_path / "annotations", tmp_path / "out"
-    shutil.copytree(videos / "ava" / "annotations", notes)
-    for name in "ava_{}_v2.2.csv", "ava_detection_{}_boxes_and_labels.csv":
-        shutil.copy(notes / name.format("train"), notes / name.format("val"))
-    line = f"--videos {videos}/ava/videos --img_size 48 --epochs 150 --layer_decay 1 --no-hflip"
-    line += f" --detection_threshold 0 --drop_path 0 --data {tmp_path}"
-    assert run_stage("finetune_ava", line_of("finetune_ava", videos, out, line)) == ""
-    assert json_of(out)["mAP"] > 0.9
-
-
-# ------------------------------------------------------------------------- to test and to predict
 
 
 def test_a_test_takes_all_from_the_checkpoint_and_flags_win(whole, tmp_path):
@@ -376,8 +374,6 @@ def test_pictures_show_real_colours_and_leave_visible_patches_alone(whole, monke
         assert (output.int() - original.int()).abs().max() <= 1
 
 
-# -------------------------------------------------------------------------------------- bad input
-
 SMALL = "--model vit_demo --img_size 24 --precision fp32 --num_workers 0 --batch_size 4"
 BAD = {  # what is added to a good line, and what is said; words in capitals: see below
     "mae_pretrain": [
@@ -424,8 +420,6 @@ def test_bad_input(stage, line, error, bad_files, videos, whole, monkeypatch, ca
         message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith(f"{stage}.py: error: ") and re.search(error, message), message
 
-
-# ------------------------------------------------------------------------------------- the README
 
 README = (ROOT / "README.md").read_text()
 

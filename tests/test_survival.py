@@ -62,9 +62,6 @@ def assert_same_bits(one, other):
     torch.testing.assert_close(optimizer["state"], optimizer_2["state"], rtol=0, atol=0)
 
 
-# ------------------------------------------------------------------------------ kills and signals
-
-
 @pytest.mark.parametrize("stage", ["mae_pretrain", *OTHERS])
 def test_a_killed_run_goes_on_in_the_same_bits(stage, videos, whole, tmp_path):
     """kill -9 at a random moment after the first checkpoint; the same command again."""
@@ -149,9 +146,6 @@ def test_ctrl_c_twice_ends_at_once(videos, tmp_path):
     code, text = job.finish()
     assert code == 1 and time.monotonic() - began < 20 and "Traceback" not in text
     assert "mae_pretrain.py: interrupted; the same command resumes" in text
-
-
-# ------------------------------------------------------------------------------------ checkpoints
 
 
 def test_a_kill_while_a_checkpoint_is_written_leaves_a_whole_one(tmp_path):
@@ -244,9 +238,6 @@ def test_no_resume_keeps_the_replaced_checkpoint_and_a_restart_does_not_replace_
     assert (other_run / "checkpoint.pt.replaced").read_bytes() == old
 
 
-# ----------------------------------------------------------------------------------------- videos
-
-
 FORMATS = {"a.mp4": "libx264", "a.mkv": "libx264", "a.webm": "libvpx-vp9", "a.avi": "mpeg4"}
 
 
@@ -293,9 +284,6 @@ def test_each_broken_video_is_logged_once_and_more_than_allowed_stop_the_run(vid
     message = run_stage("mae_pretrain", line, "--no-resume --max_failures 3 --log_interval 6")
     assert "error: 4 of 12 videos cannot be read, more than --max_failures 3; " in message
     assert "failures.log" in message and "\n" not in message
-
-
-# -------------------------------------------------------------------------------------- processes
 
 
 def test_a_killed_worker_is_one_line_and_no_hang(videos, tmp_path):

@@ -1,0 +1,98 @@
+"""Compiled blocks: few graphs and equal losses, also with checkpointing and two processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_model import BOXES, THREE_MODELS, clip, loss_of
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing import assert_close
+
+from finetune_cls import mask_ratio_at
+from model import compile_blocks
+
+RATIOS = {
+    "MAE": (0.9, 0.75, 0.5, 0.95, 0.6, 0.25),  # an ablation's
+    "Classifier": [mask_ratio_at(step, 6, 0.75) for step in range(6)],
+    "Detector": (0,),
+}
+FULL_FRAMES = (32, 40), (40, 48), (48, 32), (32, 56), (64, 32), (64, 72)
+MOST = {"MAE": (3, 5), "Classifier": (2, 3), "Detector": (1, 6)}  # graphs: to train; to test, too
+TORCH_2_6 = torch.__version__ < "2.7"  # its aot_eager fails on relative positions; inductor works
+
+
+def compiled(name, backend, patch, **more):
+    """A model with compiled blocks, the same one without, and what counts the graphs."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    backend = "eager" if TORCH_2_6 and name == "Detector" else backend
+    graphs, compile_module = CompileCounterWithBackend(backend), nn.Module.compile
+    patch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend=graphs))
+    model, plain = (THREE_MODELS[name](**more) for _ in range(2))
+    model.load_state_dict(plain.state_dict())
+    compile_blocks(model)
+    return model, plain, graphs
+
+
+def assert_equal_steps(model, plain, ratio, part=slice(2)):
+    """A step of each; part: the clips that the first one sees, where processes share them."""
+    for network, clips in ((model, part), (plain, slice(2))):
+        torch.manual_seed(1)
+        network.zero_grad()
+        network.loss = loss_of(network, ratio, clips)
+        network.loss.backward()
+    if part == slice(2):
+        assert_close(model.loss, plain.loss)
+    for one, other in zip(model.parameters(), plain.parameters()):
+        assert_close(one.grad, other.grad, atol=1e-5, rtol=1e-3)
+
+
+CASES = [(name, "aot_eager", again) for name in THREE_MODELS for again in (False, True)]
+CASES = [pytest.param(*case, marks=pytest.mark.long) for case in CASES]
+
+
+@pytest.mark.parametrize("name, backend, again", [("Classifier", "eager", False), *CASES])
+def test_blocks_take_few_graphs_and_give_the_same_losses(name, backend, again, monkeypatch):
+    more = {"grad_checkpointing": again} | ({} if name == "MAE" else {"drop_path": 0.2})
+    model, plain, graphs = compiled(name, backend, monkeypatch, **more)
+    for ratio in RATIOS[name]:
+        for _ in range(2):
+            assert_equal_steps(model, plain, ratio)
+    assert 0 < graphs.frame_count <= MOST[name][0]
+    args = [clip(model), 0.5, torch.rand(2, 64)]
+    with torch.no_grad():
+        for size in FULL_FRAMES if name == "Detector" else ((32, 32),):
+            if name == "Detector":
+                args = [torch.randn(1, 3, 8, *size), BOXES[1:]]
+            assert_close(model.eval()(*args), plain.eval()(*args))
+    assert_equal_steps(model.train(), plain.train(), RATIOS[name][0])
+    assert graphs.frame_count <= MOST[name][1] < torch._dynamo.config.cache_size_limit
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("again", ["", "grad_checkpointing"])
+@pytest.mark.parametrize("name", THREE_MODELS)
+def test_two_processes_have_the_gradients_of_one(name, again):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [__file__, name, *again.split()]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "strides do not match" not in done.stderr
+
+
+if __name__ == "__main__":  # one of the two processes
+    dist.init_process_group("gloo")
+    with pytest.MonkeyPatch.context() as patch:
+        again = len(sys.argv) > 2
+        model, plain, _ = compiled(sys.argv[1], "aot_eager", patch, grad_checkpointing=again)
+    ddp = DistributedDataParallel(model, broadcast_buffers=False)
+    for ratio in 2 * RATIOS[sys.argv[1]][:2]:
+        assert_equal_steps(ddp, plain, ratio, slice(dist.get_rank(), dist.get_rank() + 1))
+    dist.destroy_process_group()
