@@ -1324,5 +1324,6 @@ def run_main(main):
     if message:  # raised here, not above: a traceback would keep the data workers alive
         sys.exit(f"{Path(sys.argv[0]).name}: {message}")
     if WORLD > 1:
+        time.sleep(0.1)  # lets gloo free its last tensors: in torch 2.6 it cannot once this begins
         dist.destroy_process_group()
     sys.exit(status)
