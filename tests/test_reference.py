@@ -257,4 +257,4 @@ def test_three_steps_are_those_written_out(case, folder, tmp_path, monkeypatch):
     for name, value in net.state_dict().items():
         if not name.endswith("attn.k.bias"):  # which softmax does not see: its gradient is rounding
             change, expected = saved[name] - before[name], value - before[name]
-            assert (change - expected).norm() <= 1e-4 * expected.norm(), name
+            assert (change - expected).norm() <= 1e-4 * expected.norm() + 3e-7, name
