@@ -278,7 +278,7 @@ DECODE_LIMIT = 60.0  # seconds that decoding one video may take
 LARGEST = 2**26  # pixels of a frame: a damaged header may claim any number
 READ_THROUGH = 10.0  # seconds between wanted frames above which a seek is cheaper than reading on
 REORDER = 16  # frames a decoder may hold back for reordering; H.264 allows no more
-HIDDEN = 2  # packets in a row that may show nothing: VP8 and VP9 have one at a time
+UNSHOWN = 2  # packets in a row that may show nothing: VP8 and VP9 have one at a time
 
 
 class VideoError(InputError):
@@ -322,7 +322,7 @@ class Video:
             self.tail = REORDER
         else:
             self.lead = 0
-            self.tail = 0 if can_skip else HIDDEN  # H.264 and HEVC; VP8, VP9 and the like
+            self.tail = 0 if can_skip else UNSHOWN  # H.264 and HEVC; VP8, VP9 and the like
 
     def open(self):
         try:
@@ -388,10 +388,10 @@ class Video:
         nearest intact ones stand in; raises VideoError if more are.
         """
         times = self.start + np.asarray(times, float) * self.second
-        order = np.sort(times)
-        far = np.flatnonzero(np.diff(order) > READ_THROUGH * self.second) + 1
+        ordered = np.sort(times)
+        far = np.flatnonzero(np.diff(ordered) > READ_THROUGH * self.second) + 1
         found = {}
-        for group in np.split(order, far):
+        for group in np.split(ordered, far):
             packets = self.packets(max(group[0] - self.lead, self.start), group[-1])
             found |= self.decode(packets, group)
         if not found:
@@ -432,7 +432,8 @@ class Video:
         chosen, wanted = self.choose(packets, times)
         found = dict.fromkeys(wanted)
         frames, stamps = [], []  # decoded, but not yet matched to each other
-        last, hidden = {}, False  # the last frame shown; whether a packet after it showed none
+        last = {}  # the last frame shown
+        unshown = False  # whether a packet after it showed none
         for packet, _ in itertools.groupby(chosen):  # several None in a row become one
             self.check_time()
             if packet and not self.tail:  # skip what is neither wanted nor a reference
@@ -443,11 +444,11 @@ class Video:
             except av.error.FFmpegError:
                 out = []
             else:
-                if packet and not out and self.tail == HIDDEN:
+                if packet and not out and self.tail == UNSHOWN:
                     # VP8 and VP9 have packets that show nothing: take the frames on both sides.
                     found.pop(packet.pts, None)
                     found |= last
-                    hidden = True
+                    unshown = True
             frames += out
             stamps = sorted(stamps + [frame.pts for frame in out])
             # Frames come out in the order in which they are shown: the first has the lowest stamp.
@@ -457,9 +458,9 @@ class Video:
                 frame.pts = stamps.pop(0)
                 if not frame.is_corrupt:
                     last = {frame.pts: frame}
-                    if hidden or frame.pts in wanted:
+                    if unshown or frame.pts in wanted:
                         found |= last
-                    hidden = False
+                    unshown = False
             if packet is None:
                 self.codec.flush_buffers()
         return found
@@ -535,9 +536,9 @@ def warp(clip, degrees=0.0, shear=(0, 0), shift=(0, 0)):
     center = [0, 0] if any(shear) else None
     shear = np.degrees(np.arctan(shear)).tolist()
     shift = [shift[0] * W, shift[1] * H]
-    one = clip.reshape(T * C, H, W)  # as channels of one picture: one sampling grid for all
+    flat = clip.reshape(T * C, H, W)  # as channels of one picture: one sampling grid for all
     bilinear = v2.InterpolationMode.BILINEAR
-    return TF.affine(one, degrees, shift, 1.0, shear, bilinear, 128, center).view(T, C, H, W)
+    return TF.affine(flat, degrees, shift, 1.0, shear, bilinear, 128, center).view(T, C, H, W)
 
 
 RAND_AUGMENT = {  # operations; m, a tenth of the magnitude, is in 0..1, and s is m or -m
@@ -596,13 +597,13 @@ class TrainDataset(Dataset):
     def __getitem__(self, key, attempts=20):
         epoch, index = key
         failures = []
-        tried = index
+        candidate = index
         for attempt in range(1, attempts + 1):
             try:
-                return self.load(tried, epoch) | {"failures": failures}
+                return self.load(candidate, epoch) | {"failures": failures}
             except VideoError as error:
-                failures.append((tried, str(error)))
-            tried = stateless_seed(self.args.seed, epoch, index, attempt) % len(self.videos)
+                failures.append((candidate, str(error)))
+            candidate = stateless_seed(self.args.seed, epoch, index, attempt) % len(self.videos)
         reasons = [f"  {self.videos.name(i)}: {reason}" for i, reason in dict(failures).items()]
         raise VideoError("\n".join([f"{attempts} videos in a row cannot be read:", *reasons]))
 
