@@ -966,9 +966,10 @@ def split_batch(args, num_videos, device, largest):
     share, rest = divmod(args.batch_size, WORLD)
     if rest or args.batch_size > num_videos:
         fits = max(1, min(args.batch_size, num_videos) // WORLD) * WORLD
+        shared = f"a multiple of the {WORLD} processes and " if WORLD > 1 else ""
         raise InputError(
-            f"--batch_size {args.batch_size} must be a multiple of the {WORLD} processes and at "
-            f"most the {num_videos} in the list; {fits} would do"
+            f"--batch_size {args.batch_size} must be {shared}at most the {num_videos} in the list; "
+            f"{fits} would do"
         )
     most = largest.get(args.model, share)
     if device.type == "cpu" and args.model in largest:
