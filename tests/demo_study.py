@@ -5,8 +5,7 @@
     python tests/demo_study.py search      each side's best learning rate, decay and length
     python tests/demo_study.py ablations   masking, ratio, decoder, repeated sampling, image start
 
-Each run is a folder below --folder, and is not repeated where it has ended: the same command resumes.
-As many runs at once as there are cores, each on one: times are those of one core.
+Each run is a folder below --folder; ended ones are not repeated. One run per core at once.
 """
 
 import argparse

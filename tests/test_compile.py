@@ -91,8 +91,9 @@ if __name__ == "__main__":  # one of the two processes
     dist.init_process_group("gloo")
     with pytest.MonkeyPatch.context() as patch:
         again = len(sys.argv) > 2
-        model, plain, _ = compiled(sys.argv[1], "aot_eager", patch, grad_checkpointing=again)
+        model, plain, graphs = compiled(sys.argv[1], "aot_eager", patch, grad_checkpointing=again)
     ddp = DistributedDataParallel(model, broadcast_buffers=False)
     for ratio in 2 * RATIOS[sys.argv[1]][:2]:
         assert_equal_steps(ddp, plain, ratio, slice(dist.get_rank(), dist.get_rank() + 1))
+    assert 0 < graphs.frame_count <= MOST[sys.argv[1]][0]
     dist.destroy_process_group()
