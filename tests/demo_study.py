@@ -166,7 +166,7 @@ ABLATIONS = {
 # fmt: on
 
 
-def ablate(study, flags):
+def ablate(study, flags, seeds):
     """One row: as many pre-trainings with these flags as seeds, each fine-tuned once: their results.
 
     mask_start is a flag of fine-tuning.
@@ -174,7 +174,7 @@ def ablate(study, flags):
     masked = {name: value for name, value in flags.items() if name == "mask_start"}
     flags = {name: value for name, value in flags.items() if name != "mask_start"}
     pretrained, finetuned = [], []
-    for seed in SEEDS:
+    for seed in seeds:
         name = "_".join(f"{key}{value}" for key, value in {**flags, "seed": seed}.items())
         init = study.pretrain(name, **flags, seed=seed)
         pretrained.append(study.start("mae_pretrain", name, **flags, seed=seed).result())
@@ -184,13 +184,13 @@ def ablate(study, flags):
     return pretrained, finetuned
 
 
-def ablations(study, epochs, jobs):
-    """Pre-trainings that differ in one thing, for as many epochs or the recipe's, fine-tuned alike."""
+def ablations(study, seeds, jobs):
+    """Pre-trainings that differ in one thing, fine-tuned alike."""
     waiting = concurrent.futures.ThreadPoolExecutor(jobs)  # for runs, which share the study's pool
-    more, rows = {"epochs": epochs} if epochs else {}, {}
+    rows = {}
     for name, table in ABLATIONS.items():
         for row, (flags, _) in table.items():
-            rows[name, row] = waiting.submit(ablate, study, flags | more)
+            rows[name, row] = waiting.submit(ablate, study, flags, seeds)
     for name, table in ABLATIONS.items():
         print(f"\n{name:44}{'top-1':>22}{'pre-training':>14}{'fine-tuning':>13}{'the paper':>13}")
         for row, (_, paper) in table.items():
@@ -205,7 +205,7 @@ def ablations(study, epochs, jobs):
 PARTS = {
     "pays": lambda study, args: compare(study, "finetune_cls"),
     "detects": lambda study, args: compare(study, "finetune_ava"),
-    "ablations": lambda study, args: ablations(study, args.epochs, args.jobs),
+    "ablations": lambda study, args: ablations(study, args.seeds, args.jobs),
     "search": lambda study, args: [search(study, stage) for stage in BEST],
 }
 
@@ -217,7 +217,7 @@ def main():
     add("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default: all")
     add("--folder", default="runs/study")
     add("--jobs", type=int, default=cores, help="runs at once")
-    add("--epochs", type=int, help="of pre-training in `ablations`; default: the recipe's")
+    add("--seeds", type=int, nargs="+", default=SEEDS, help="of `ablations` alone")
     args = parser.parse_args()
     unknown = set(args.parts) - {*PARTS}
     if unknown:
