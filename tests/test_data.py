@@ -155,6 +155,7 @@ def test_segments_give_a_frame_each_at_random_and_the_middle_in_tests(videos):
     clips = clips_of(videos, "--dataset ssv2")
     drawn = np.array([clips.times(8.0, seed) for seed in range(50)])
     assert (np.floor(drawn / 0.5) == np.arange(16)).all() and drawn.std(0).min() > 0.1
+    assert (drawn % 0.5).std(1).min() > 0.05  # each at random within its segment
     views = MultiViewDataset(clips.videos, clips.args, (1, 3))
     np.testing.assert_allclose(views.times(8.0), [np.arange(16) * 0.5 + 0.25])
 
@@ -177,6 +178,8 @@ def test_a_sample_follows_from_seed_epoch_index_and_repeat_alone(videos, monkeyp
             assert not torch.equal(sample[name], other[name])
         assert len({value.numpy().tobytes() for value in sample[name]}) == 4
     assert torch.equal(sample["video"][:2], clips_of(videos, "--repeat_aug 2")[3, 5]["video"])
+    inverted = clips_of(videos, augment=torch.bitwise_not)[3, 5]["video"]
+    assert torch.equal(inverted, ~sample["video"])
 
 
 def test_repeats_differ_in_place_crop_and_flip_as_in_table_5a(videos, monkeypatch):
@@ -194,6 +197,9 @@ def test_repeats_differ_in_place_crop_and_flip_as_in_table_5a(videos, monkeypatc
     assert 0.73 < ratio.min() < 0.8 and 1.25 < ratio.max() < 1.36
     assert min(places) < 0.05 and max(places) > 0.95
     assert abs(np.corrcoef(places, area)[0, 1]) < 0.2  # one says nothing of the other
+    cuts.clear()
+    clips_of(videos, "--no-hflip --repeat_aug 20")[0, 0]
+    assert not any(flip for _, flip in cuts)
 
 
 def test_views_cover_the_video_and_touch_both_edges(videos):

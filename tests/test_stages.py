@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, STAGES, checkpoint_of, entries, json_of, line_of, run_stage, start
+from conftest import ROOT, SMALL, STAGES, checkpoint_of, entries, json_of, line_of, run_stage, start
 from torch.nn.modules.module import register_module_forward_hook
 
 import data
@@ -164,11 +164,15 @@ def test_a_detection_run_leaves_detections_results_and_pictures(whole, videos):
     assert "val0000_902.png" in os.listdir(out / "pictures")
 
 
-def test_keep_epochs_leaves_checkpoints_that_stay(videos, tmp_path):
-    line = line_of("mae_pretrain", videos, tmp_path, "--keep_epochs 8")
+def test_kept_checkpoints_stay_and_a_log_line_has_a_mean(whole, videos, tmp_path, capsys):
+    line = line_of("mae_pretrain", videos, tmp_path, "--keep_epochs 8 --log_interval 5")
     assert run_stage("mae_pretrain", line) == ""
+    assert "12 steps" in (out := capsys.readouterr().out) and "warning: so few steps" in out
     steps = {path.name: checkpoint_of(path)["step"] for path in tmp_path.glob("checkpoint_e*")}
     assert steps == {f"checkpoint_epoch{epoch}.pt": epoch // 2 for epoch in (8, 16, 24)}
+    losses = [entry["loss"] for entry in entries(whole("mae_pretrain"))]
+    means = {5: np.mean(losses[:5]), 10: np.mean(losses[5:10]), 12: np.mean(losses[10:])}
+    assert {e["step"]: e["loss"] for e in entries(tmp_path)} == pytest.approx(means)
 
 
 @pytest.mark.parametrize("minutes, steps", [(100, [12]), (0, list(range(1, 13)))])
@@ -212,6 +216,8 @@ def test_a_linear_probe_leaves_all_but_the_head_and_its_norm(stage, videos, tmp_
     old, new = checkpoint_of(init)["model"], checkpoint_of(tmp_path)["model"]
     changed = {name for name in old.keys() & new.keys() if not torch.equal(old[name], new[name])}
     assert changed == {"norm.weight", "norm.bias"}
+    groups = checkpoint_of(tmp_path)["optimizer"]["param_groups"]
+    assert {n for g in groups for n in g["names"]} == {"head.weight", "head.bias", *changed}
 
 
 def test_a_batch_without_any_box_is_no_error(videos, tmp_path, monkeypatch):
@@ -374,7 +380,6 @@ def test_pictures_show_real_colours_and_leave_visible_patches_alone(whole, monke
         assert (output.int() - original.int()).abs().max() <= 1
 
 
-SMALL = "--model vit_demo --img_size 24 --precision fp32 --num_workers 0 --batch_size 4"
 BAD = {  # what is added to a good line, and what is said; words in capitals: see below
     "mae_pretrain": [
         ("--data absent", r"(?s)absent: no folder or list.*youtube_id.*--dataset demo"),
@@ -384,6 +389,10 @@ BAD = {  # what is added to a good line, and what is said; words in capitals: se
         ("--batch_size 512", r"--batch_size 512 must.*at most the 8 in the list; 8 would do"),
         ("--output_dir text.mp4/run", r"text.mp4/run: Not a directory"),
         ("--device gpu", r"--device gpu: cannot be used here: "),
+        ("--img_size 4", r"clips of 16 x 4 x 4 are smaller than a tubelet of 2 x 8 x 8; see"),
+        ("--decoder_embed_dim 30 --decoder_num_heads 4", r"30 is not divisible by 4 heads"),
+        ("--epochs 0.1", r"--epochs 0.1 of 8 videos are less than one step"),
+        ("--crop_scale 1 0.5", r"--crop_scale 1 0.5: the smaller number comes first"),
     ],
     "finetune_cls": [
         ("--num_classes 3", r"8 classes, not 3; if intended, use --num_classes 8"),
@@ -392,6 +401,8 @@ BAD = {  # what is added to a good line, and what is said; words in capitals: se
     ],
     "finetune_ava": [
         ("--score other.csv LIST", r"the detections are of other movies, such as other"),
+        ("--predict a.mp4 --init AVA", r"--predict needs --boxes CSV"),
+        ("--score other.csv", r"--score needs --ground_truth CSV and --action_list PBTXT"),
         ("--video_start 0", r"(?s)20 videos in a row.*has no second 90\d: .*--video_start says"),
         ("--data absent", r"(?s)absent: no ground_truth of train in it; expected.*ava_train_v2.2"),
     ],
@@ -410,7 +421,7 @@ def test_bad_input(stage, line, error, bad_files, videos, whole, monkeypatch, ca
     names |= dict(CLS=whole("finetune_cls"), AVA=whole("finetune_ava"))
     for name, value in names.items():
         line = re.sub(rf"\b{name}\b", str(value), line)
-    start = f"{SMALL} --data {videos}"
+    start = f"{SMALL} --num_workers 0 --data {videos}"
     if stage == "finetune_ava":
         start += "/ava --lr 1e-3 --epochs 4 --video_start 900"
     elif stage == "finetune_cls":
