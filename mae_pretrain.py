@@ -204,7 +204,8 @@ def train(args):
             print(f"drawing training videos instead: {str(error).splitlines()[0]}")
         paths = [videos.path(i * len(videos) // 4) for i in range(min(4, len(videos)))]
         visualize(mae, paths, run.out / "reconstructions", args, device)
-        print(f"next: python finetune_cls.py --init {run.out}/checkpoint.pt")
+        data_set = f"--dataset {args.dataset} --model {args.model}"
+        print(f"next: python finetune_cls.py {data_set} --init {run.out}/checkpoint.pt")
 
 
 @torch.no_grad()

@@ -28,8 +28,7 @@ ROOT = Path(__file__).parents[1]
 SHARED_VIDEOS = ROOT.parent / "shared" / "videos"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # figures are compared on the CPU
 tqdm.monitor_interval = 0  # its thread would be lost in a fork
-# Begun in torch.compile, autograd forbids forks:
-torch.zeros(1, requires_grad=True).sum().backward()
+torch.ones(1, requires_grad=True).backward()  # begun in torch.compile, autograd forbids forks
 
 
 def encode(

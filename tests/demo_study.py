@@ -167,10 +167,7 @@ ABLATIONS = {
 
 
 def ablate(study, flags, seeds):
-    """One row: as many pre-trainings with these flags as seeds, each fine-tuned once: their results.
-
-    mask_start is a flag of fine-tuning.
-    """
+    """One row: for each seed the results of a pre-training and, with its own flag mask_start, a fine-tuning."""
     masked = {name: value for name, value in flags.items() if name == "mask_start"}
     flags = {name: value for name, value in flags.items() if name != "mask_start"}
     pretrained, finetuned = [], []

@@ -80,6 +80,7 @@ OPEN_GOP = {"x264-params": "keyint=12:min-keyint=12:scenecut=0:open-gop=1:bframe
 ORDERS = {
     "h264.mp4": dict(options={"g": "20", "bf": "3"}),
     "h264.mkv": dict(options={"g": "250", "bf": "3"}),
+    "prepared.mp4": dict(options={"g": "30", "tune": "fastdecode"}),  # as the README says
     "h264.avi": dict(options={"g": "20", "bf": "2"}),
     "open_gop.mp4": dict(options=OPEN_GOP),
     "open_gop.avi": dict(options=OPEN_GOP),
