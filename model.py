@@ -902,7 +902,7 @@ def start_process(args):
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
+        reason = re.split(r"\n|\. ", str(error))[0]  # an unknown one lists dozens of backends
         raise InputError(f"--device {name}: cannot be used here: {reason}") from None
     has_bf16 = False
     if device.type == "cuda":
@@ -1311,7 +1311,7 @@ def run_main(main):
     except (InputError, FloatingPointError) as error:
         message = f"error: {error}"
     except (OSError, RuntimeError) as error:
-        message = f"error: {str(error).splitlines()[0]}"
+        message = f"error: {str(error).splitlines()[0].rstrip('.')}"
         if getattr(error, "filename", None):
             message = f"error: {error.filename}: {error.strerror}"
         if isinstance(error, ConnectionError):  # while a data worker sent something

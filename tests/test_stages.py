@@ -390,6 +390,7 @@ BAD = {  # what is added to a good line, and what is said; words in capitals: se
         ("--batch_size 512", r"--batch_size 512 must.*at most the 8 in the list; 8 would do"),
         ("--output_dir text.mp4/run", r"text.mp4/run: Not a directory"),
         ("--device gpu", r"--device gpu: cannot be used here: "),
+        ("--device fpga", r"--device fpga: cannot be used here: .{,99}$"),
         ("--img_size 4", r"clips of 16 x 4 x 4 are smaller than a tubelet of 2 x 8 x 8; see"),
         ("--decoder_embed_dim 30 --decoder_num_heads 4", r"30 is not divisible by 4 heads"),
         ("--epochs 0.1", r"--epochs 0.1 of 8 videos are less than one step"),
