@@ -42,7 +42,8 @@ for kind in (data.ClipDataset, data.KeyframeDataset):
 EAGER = """
 import torch
 plain = torch.nn.Module.compile
-torch.nn.Module.compile = lambda self: plain(self, backend="aot_eager")
+backend = "eager" if torch.__version__ < "2.7" else "aot_eager"  # as in test_compile
+torch.nn.Module.compile = lambda self: plain(self, backend=backend)
 """
 
 
