@@ -7,6 +7,9 @@ python tests/benchmark.py plan --gpus 8       what whole runs take: hours, and c
 """
 
 import argparse
+import collections
+import functools
+import itertools
 import multiprocessing
 import resource
 import sys
@@ -20,7 +23,6 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import finetune_ava
@@ -28,8 +30,10 @@ import finetune_cls
 import mae_pretrain
 import model as m
 
-DEMO_DECODER = dict(decoder_embed_dim=64, decoder_depth=1, decoder_num_heads=1)
-RATIOS = 0, 0.5, 0.75, 0.9, 0.95
+TASKS = {  # of a step: the stage, its model, and flags that it needs
+    "pre-train": (mae_pretrain, m.MAE, ""),
+    "fine-tune": (finetune_cls, m.Classifier, "--num_classes 400"),
+}
 
 
 def seconds(function, at_least=1.0):
@@ -43,56 +47,27 @@ def seconds(function, at_least=1.0):
     return min(taken)
 
 
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def matrix_rate(device, precision):
     """FLOP/s of large square matrix products, kept up as long as steps take: the limit these are measured against."""
     n = 8192 if device.type == "cuda" else 2048
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    a @ b
-    synchronize(device)
+    (a @ b)[0, 0].item()  # waits for the device
     count, start = 0, time.perf_counter()
     while time.perf_counter() - start < 5:
-        a @ b
-        synchronize(device)
+        (a @ b)[0, 0].item()
         count += 1
     return 2 * n**3 * count / (time.perf_counter() - start)
 
 
-def build(task, size, device="cpu", again=False):
-    """The model of a stage, and a function of (video, mask_ratio, noise) that gives its loss."""
-    config, decoder = m.SIZES[size] | dict(grad_checkpointing=again), {}
-    if size == "vit_demo":
-        config, decoder = config | dict(img_size=32), DEMO_DECODER
-    with torch.device(device):
-        if task == "pretrain":
-            return m.MAE(**config, **decoder), lambda mae, *clips: mae(*clips)[0]
-        classifier = m.Classifier(400, **config).train()
-
-    def loss_of(classifier, video, ratio, noise):
-        target = torch.zeros(len(video), dtype=torch.long, device=device)
-        return F.cross_entropy(classifier(video, ratio, noise).float(), target)
-
-    return classifier, loss_of
-
-
-def clip_shape(model):
-    """Frames, height and width of a model's clips."""
-    t, h, w = model.grid
-    return t * model.t_patch_size, h * model.patch_size, w * model.patch_size
-
-
-def step_flops(task, size, ratio):
-    """Floating point operations of a step for one clip, forward and backward, counted on shapes alone."""
-    model, loss_of = build(task, size, "meta")
-    video = torch.zeros(1, 3, *clip_shape(model), dtype=torch.uint8, device="meta")
-    with FlopCounterMode(display=False) as counter:
-        loss_of(model, video, ratio, torch.zeros(1, np.prod(model.grid), device="meta")).backward()
-    return counter.get_total_flops()
+def build(task, size, ratio, again=False):
+    """A stage's model class, its configuration, and the FLOPs of training on a clip."""
+    stage, kind, flags = TASKS[task]
+    args = stage.parse_args(f"--data x --model {size} {flags}".split())
+    config = stage.model_config(args) | dict(grad_checkpointing=again)
+    with torch.device("meta"):
+        noise = torch.zeros(1, np.prod(kind(**config).grid))
+    return kind, config, m.count_flops(kind, config, ratio, noise)
 
 
 def run_step(task, size, ratio, clips, device, precision, compiled, again=False):
@@ -101,30 +76,32 @@ def run_step(task, size, ratio, clips, device, precision, compiled, again=False)
     device = m.start_process(settings)
     rate = matrix_rate(device, precision)
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    model, loss_of = build(task, size, device, again)
+    kind, config, flops = build(task, size, ratio, again)
+    model = kind(**config).to(device)
     optimizer = torch.optim.AdamW(m.parameter_groups(model, 0.05), lr=1e-5, fused=True)
     if compiled:
         m.compile_blocks(model)
-    shape = clips, *clip_shape(model), 3
+    shape = clips, config["num_frames"], *2 * [config["img_size"]], 3
     video = torch.randint(0, 256, shape, dtype=torch.uint8, device=device).permute(0, 4, 1, 2, 3)
     noise = torch.rand(clips, int(np.prod(model.grid)), device=device)
+    target = torch.zeros(clips, dtype=torch.long, device=device)
 
     def step():
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            loss = loss_of(model, video, ratio, noise)
+        with m.autocast(settings, device):
+            output = model(video, ratio, noise)
+            loss = output[0] if task == "pre-train" else F.cross_entropy(output.float(), target)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        synchronize(device)
+        model.norm.bias[0].item()  # waits for the device
 
     taken = seconds(step, 5.0)
     rate = max(rate, matrix_rate(device, precision))  # before and after: machines are noisy
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - base
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device)
-    else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - base
-    return dict(seconds=taken, memory=memory, rate=rate)
+    return dict(seconds=taken, memory=memory, rate=rate, flops=flops * clips)
 
 
 def alone(function, *args, **kwargs):
@@ -137,27 +114,25 @@ def benchmark_step(args):
     def measure(task, ratio, name, **more):
         setting = args.clips, args.device, args.precision, args.compile
         row = alone(run_step, task, args.model, ratio, *setting, **more)
-        flops, taken = step_flops(task, args.model, ratio), row["seconds"]
+        taken, rate = row["seconds"], row["flops"] / row["seconds"]
         print(f"{name:34}{taken:9.3f} s{args.clips / taken:9.2f}", end="")
-        print(f"{row['memory'] / 2**30:9.2f} GiB{flops / 1e9:10.1f}", end="")
-        share = flops * args.clips / taken / row["rate"]
-        print(f"{row['rate'] / 1e12:9.3f}{share:8.0%}", flush=True)
+        print(f"{row['memory'] / 2**30:9.2f} GiB{row['flops'] / args.clips / 1e9:10.1f}", end="")
+        print(f"{row['rate'] / 1e12:16.3f}{rate / row['rate']:8.0%}", flush=True)
         return taken
 
     how = f"{args.precision} on {args.device}{', compiled' if args.compile else ''}"
-    print(f"{args.model}, {args.clips} clips, {how}")
-    print(f"{'forward + backward + optimizer':34}{'step':>11}{'clips/s':>9}{'memory':>13}", end="")
-    print(f"{'GFLOP/clip':>12}  matrix TFLOP/s   share")
+    print(f"{args.model}, {args.clips} clips, {how}\nforward + backward + optimizer", end="")
+    print("           step  clips/s       memory  GFLOP/clip  matrix TFLOP/s   share")
     times = {}
     for ratio in args.ratios:
-        times[ratio] = measure("pretrain", ratio, f"pre-train, {ratio:.0%} masked")
+        times[ratio] = measure("pre-train", ratio, f"pre-train, {ratio:.0%} masked")
         if ratio == 0.9:
-            measure("pretrain", ratio, "  with --grad_checkpointing", again=True)
+            measure("pre-train", ratio, "  with --grad_checkpointing", again=True)
     if 0 in times and 0.9 in times:
         gain = times[0] / times[0.9]
         print(f"90 % masked is {gain:.1f} x faster than none (paper: 4.1; bar for ViT-L: 4.5)")
     for ratio in (0, 0.5, 0.75) if args.finetune else ():
-        measure("finetune", ratio, f"fine-tune, {ratio:.0%} masked")
+        measure("fine-tune", ratio, f"fine-tune, {ratio:.0%} masked")
 
 
 KINETICS_FILES = {  # options of x264; the last is what the README prepares videos with
@@ -212,94 +187,81 @@ def benchmark_data(args):
             data.write_video(demo, data.draw_scene(0, [("disc", "slides", 0.5)], (14.5, 18))[0], 15)
             paths = [demo, *(kinetics_video(folder, name) for name in KINETICS_FILES)]
         for path in paths:
-            for stage in STAGES:
-                for repeats in args.repeats:
-                    one_row(path, stage, repeats)
+            for task, repeats in itertools.product(TASKS, args.repeats):
+                one_row(path, task, repeats)
 
 
-STAGES = {"pre-train": mae_pretrain, "fine-tune": finetune_cls}
-
-
-def one_row(path, stage, repeats):
+def one_row(path, task, repeats):
     """Measure one line of the table; returns clips/s."""
-    args = STAGES[stage].parse_args(["--model", "vit_b", "--data", "x"])
-    args.repeat_aug = repeats
-    augment = finetune_cls.augmentation(args) if stage == "fine-tune" else None
+    line = f"--data x --model vit_b --repeat_aug {repeats}"
+    args = TASKS[task][0].parse_args(line.split())
+    augment = finetune_cls.augmentation(args) if task == "fine-tune" else None
     videos = data.VideoList("benchmark", "/", [str(Path(path).resolve())])
     clips = data.ClipDataset(videos, args, None, augment)
-    spent = dict.fromkeys(("floor", "decode", "to RGB", "all"), 0.0)
-    draws, size = 3, (args.img_size,) * 2  # the mean of three draws of times and crops
-    for epoch in range(draws):
+    spent = collections.Counter()
+
+    def decode(times):
+        with data.Video(path) as video:
+            return video.frames(times)
+
+    def convert(frames):
+        side = data.even(min(data.upright_size(frames[0])) * 0.8)  # a crop of the usual size
+        for first in range(0, len(frames), args.num_frames):
+            clip = frames[first : first + args.num_frames]
+            data.to_clip(clip, (args.img_size,) * 2, (0, 0, side, side))
+
+    for epoch in range(3):  # the mean of three draws of times and crops
         seeds = [data.stateless_seed(args.seed, epoch, 0, repeat) for repeat in range(repeats)]
         with data.Video(path) as video:
             times = np.concatenate([clips.times(video.duration, seed) for seed in seeds])
-            frames = video.frames(times)
-        side = data.even(min(data.upright_size(frames[0])) * 0.8)  # a crop of the usual size
-        boxes = [(0, 0, side, side)] * repeats
-
-        def decode(times=times):
-            with data.Video(path) as video:
-                video.frames(times)
-
-        def convert(frames=frames, boxes=boxes):
-            for i, box in enumerate(boxes):
-                data.to_clip(frames[i * args.num_frames : (i + 1) * args.num_frames], size, box)
-
-        jobs = {
-            "floor": lambda times=times: decode_floor(path, times),
-            "decode": decode,
-            "to RGB": convert,
-            "all": lambda epoch=epoch: clips.load(0, epoch),
-        }
-        for name, job in jobs.items():
-            spent[name] += seconds(job, 0.2) / draws
+        spent["floor"] += seconds(functools.partial(decode_floor, path, times), 0.2) / 3
+        spent["decode"] += seconds(functools.partial(decode, times), 0.2) / 3
+        spent["to RGB"] += seconds(functools.partial(convert, decode(times)), 0.2) / 3
+        spent["all"] += seconds(functools.partial(clips.load, 0, epoch), 0.2) / 3
     spent["augment"] = max(0.0, spent["all"] - spent["decode"] - spent["to RGB"])
-    print(f"{Path(path).stem[:25]:26}{stage:>10}{repeats:9}", end="")
+    print(f"{Path(path).stem[:25]:26}{task:>10}{repeats:9}", end="")
     for name, width in ("floor", 8), ("decode", 8), ("to RGB", 8), ("augment", 9), ("all", 8):
         print(f"{1000 * spent[name]:{width}.1f}", end="")
     print(f"{repeats / spent['all']:9.1f}{spent['floor'] / spent['all']:10.0%}", flush=True)
     return repeats / spent["all"]
 
 
-SETS = {"Kinetics-400": 240_000, "SSv2": 169_000, "AVA": 184_000}  # videos or keyframes to train on
-RECIPES = [  # stage, sizes, recipe, data set, mask ratio
-    ("pre-train", ("vit_b", "vit_l", "vit_h"), mae_pretrain.KINETICS, "Kinetics-400", 0.9),
-    ("fine-tune", ("vit_b", "vit_l", "vit_h"), finetune_cls.KINETICS, "Kinetics-400", 0),
-    ("fine-tune", ("vit_l", "vit_h"), finetune_cls.SSV2, "SSv2", 0),
-    ("detect", ("vit_l", "vit_h"), finetune_ava.AVA, "AVA", 0),
+RECIPES = [  # task, mask ratio, sizes, recipe, data set, its videos or keyframes to train on
+    ("pre-train", 0.9, ("vit_b", "vit_l", "vit_h"), mae_pretrain.KINETICS, "Kinetics-400", 240_000),
+    ("fine-tune", 0, ("vit_b", "vit_l", "vit_h"), finetune_cls.KINETICS, "Kinetics-400", 240_000),
+    ("fine-tune", 0, ("vit_l", "vit_h"), finetune_cls.SSV2, "SSv2", 169_000),
+    ("fine-tune", 0, ("vit_l", "vit_h"), finetune_ava.AVA, "AVA", 184_000),
 ]
 
 
 def benchmark_plan(args):
     """Hours of each recipe: clips x FLOPs over what the GPUs reach, and cores that keep them fed."""
     reached, loading = {}, {}
-    for stage, task, ratio in ("pre-train", "pretrain", 0.9), ("fine-tune", "finetune", 0):
-        reached[stage] = (args.tflops or 0) * 1e12
+    for task, ratio in ("pre-train", 0.9), ("fine-tune", 0):
+        reached[task] = (args.tflops or 0) * 1e12
         if not args.tflops:
             setting = args.clips, args.device, args.precision, args.compile
             row = alone(run_step, task, args.model, ratio, *setting)
-            reached[stage] = step_flops(task, args.model, ratio) * args.clips / row["seconds"]
-        print(f"{args.model} {stage}: {reached[stage] / 1e12:.3f} TFLOP/s on this {args.device}")
+            reached[task] = row["flops"] / row["seconds"]
+        print(f"{args.model} {task}: {reached[task] / 1e12:.3f} TFLOP/s on this {args.device}")
     print("loading, one core (columns as in `data`):")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         for name in ("kinetics_gop250", "prepared"):
             path = kinetics_video(folder, name)
-            for stage, repeats in ("pre-train", 4), ("fine-tune", 1), ("fine-tune", 2):
-                loading[name, stage, repeats] = one_row(path, stage, repeats)
+            for task, repeats in ("pre-train", 4), ("fine-tune", 1), ("fine-tune", 2):
+                loading[name, task, repeats] = one_row(path, task, repeats)
     print(f"\n{args.gpus} GPUs at this rate; cores of this machine that load for one GPU:")
-    print(f"{'recipe':32}{'epochs':>8}{'M clips':>9}{'GFLOP/clip':>12}{'hours':>7}", end="")
-    print(f"{'GOP 250':>9}{'prepared':>10}")
-    for stage, sizes, table, name, ratio in RECIPES:
+    print(f"{'recipe':32}  epochs  M clips  GFLOP/clip  hours  GOP 250  prepared")
+    for task, ratio, sizes, recipe, name, count in RECIPES:
         for size in sizes:
-            row, kind = m.column(table, size), stage if stage == "pre-train" else "fine-tune"
-            flops = step_flops("pretrain" if ratio else "finetune", size, ratio)
-            clips, speed = SETS[name] * row["epochs"], reached[kind] / flops  # clips/s
-            text, hours = f"{stage} {size} on {name}", clips / speed / args.gpus / 3600
+            row, flops = m.column(recipe, size), build(task, size, ratio)[2]
+            clips, speed = count * row["epochs"], reached[task] / flops  # clips/s
+            text, hours = f"{task} {size} on {name}", clips / speed / args.gpus / 3600
             print(f"{text:32}{row['epochs']:8}{clips / 1e6:9.1f}{flops / 1e9:12.0f}", end="")
             print(f"{hours:7.1f}", end="")
             for file, width in ("kinetics_gop250", 9), ("prepared", 10):
-                cores = speed / loading[file, kind, row.get("repeat_aug", 1)]
+                cores = speed / loading[file, task, row.get("repeat_aug", 1)]
                 print(f"{cores:{width}.1f}", end="")
             print()
 
@@ -310,24 +272,27 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     here = argparse.Namespace(device=None, model=None, precision=None, compile=None)
     device = m.start_process(here).type
-    step, loading, plan = (commands.add_parser(name) for name in ("step", "data", "plan"))
-    functions = benchmark_step, benchmark_data, benchmark_plan
-    for command, function in zip((step, loading, plan), functions):
+    functions = dict(step=benchmark_step, data=benchmark_data, plan=benchmark_plan)
+    for name, function in functions.items():
+        command = commands.add_parser(name)
         command.set_defaults(function=function)
-    for command in step, plan:
-        command.add_argument("--model", choices=m.SIZES, default="vit_b")
-        command.add_argument("--device", default=device)
-        command.add_argument("--precision", choices=("fp32", "bf16"), default=here.precision)
-        command.add_argument("--clips", type=int, default=4, help="clips in a step")
-        command.add_argument("--compile", action="store_true", help="torch.compile the blocks")
-    step.add_argument("--ratios", type=float, nargs="+", default=RATIOS, help="to pre-train at")
-    step.add_argument("--finetune", action=argparse.BooleanOptionalAction, default=True)
-    text = "default: the demo's, and of Kinetics' size"
-    loading.add_argument("videos", nargs="*", metavar="VIDEO", help=text)
-    text = "clips of one opening"
-    loading.add_argument("--repeats", type=int, nargs="+", default=(1, 2, 4), help=text)
-    plan.add_argument("--gpus", type=int, default=8)
-    plan.add_argument("--tflops", type=float, help="that a GPU reaches; default: what this does")
+        add = command.add_argument
+        if name == "data":
+            text = "default: the demo's, and of Kinetics' size"
+            add("videos", nargs="*", metavar="VIDEO", help=text)
+            add("--repeats", type=int, nargs="+", default=(1, 2, 4), help="clips of one opening")
+            continue
+        add("--model", choices=m.SIZES, default="vit_b")
+        add("--device", default=device)
+        add("--precision", choices=("fp32", "bf16"), default=here.precision)
+        add("--clips", type=int, default=4, help="clips in a step")
+        add("--compile", action="store_true", help="torch.compile the blocks")
+        if name == "step":
+            add("--ratios", type=float, nargs="+", default=(0, 0.5, 0.75, 0.9, 0.95))
+            add("--finetune", action=argparse.BooleanOptionalAction, default=True)
+        else:
+            add("--gpus", type=int, default=8)
+            add("--tflops", type=float, help="that a GPU reaches; default: what this does")
     args = parser.parse_args()
     args.function(args)
 

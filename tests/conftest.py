@@ -31,19 +31,17 @@ tqdm.monitor_interval = 0  # its thread would be lost in a fork
 torch.ones(1, requires_grad=True).backward()  # begun in torch.compile, autograd forbids forks
 
 
-def encode(
-    path, frames, rate=30, codec="libx264", pix_fmt="yuv420p", options=None, times=None, start=0
-):
+def encode(path, frames, rate=30, codec="libx264", pix_fmt="yuv420p", options=(), times=()):
     """Write frames (T, H, W, 3) with any codec, at any time stamps (in 1/rate s), to any container."""
-    shift = {"avoid_negative_ts": "disabled"} if start else {}
+    shift = {"avoid_negative_ts": "disabled"} if len(times) else {}
     with av.open(str(path), "w", options=shift) as container:
-        stream = container.add_stream(codec, rate=rate, options=options or {})
+        stream = container.add_stream(codec, rate=rate, options=dict(options))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = pix_fmt
         stream.codec_context.thread_count = 1
         for i, frame in enumerate(frames):
             picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
-            picture.pts = start + (i if times is None else times[i])
+            picture.pts = times[i] if len(times) else i
             picture.time_base = Fraction(1, rate)
             container.mux(stream.encode(picture))
         container.mux(stream.encode(None))
@@ -134,6 +132,7 @@ def run_stage(stage, *words):
     sys.argv = [f"{stage}.py", *" ".join(map(str, words)).split()]
     with pytest.raises(SystemExit) as stop:
         model.run_main(importlib.import_module(stage).main)
+    assert multiprocessing.active_children() == [], "workers are left"
     return str(stop.value.code or "")
 
 
@@ -141,11 +140,7 @@ class Job:
     """Processes that run a stage, and what they print."""
 
     def __init__(self, processes, output):
-        self.processes, self.output = processes, output
-
-    @property
-    def pid(self):
-        return self.processes[0].pid
+        self.processes, self.output, self.pid = processes, output, processes[0].pid
 
     @property
     def printed(self):
@@ -246,12 +241,6 @@ def entries(folder):
     """The lines of a run's log.jsonl."""
     log = Path(folder, "log.jsonl")
     return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-
-
-def len_log(folder):
-    """How many lines a log has, while it grows."""
-    log = folder / "log.jsonl"
-    return log.read_text().count("\n") if log.exists() else 0
 
 
 def json_of(folder, name="results.json"):

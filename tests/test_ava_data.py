@@ -105,6 +105,13 @@ def test_equal_scores_are_ordered_as_the_official_evaluator_has_them(digits, sco
         assert found[f"{action}"] == f"{expected:.6f}" and 0.02 < expected < 0.9
 
 
+def test_an_iou_of_a_half_is_right_and_one_just_below_is_wrong(score, tmp_path):
+    row, rows = (0, 0, 0.5, 0.5, 1, 0), [(0, 0, 0.25, 0.5, 1, 0.9), (0, 0, 0.2499, 0.5, 1, 0.8)]
+    truth = write_csv(tmp_path / "truth.csv", ("a", 902, *row), ("a", 903, *row))
+    found = write_csv(tmp_path / "found.csv", ("a", 902, *rows[0]), ("a", 903, *rows[1]))
+    assert score(truth, found, {1: "one"})["mAP"] == "0.500000"
+
+
 GOOD = ("a", "0902", 0.1, 0.1, 0.5, 0.5, 12, 0)
 WRONG = [  # scored, row, what is said of it
     (False, GOOD[:5], r"not enough values"),
@@ -144,10 +151,8 @@ def folder(tmp_path):
         for end in (f"{split}_boxes_and_labels.csv", f"{split}_boxes_and_labels_v2.2.csv"):
             write_csv(notes / "person_box_67091280_iou90" / f"ava_detection_{end}", *detected)
     (notes / "ava_action_list_v2.1_for_activitynet_2018.pbtxt").write_text("")
-    last = notes / "ava_action_list_v2.2_for_activitynet_2019.pbtxt"
-    last.write_text(
-        'label {\n  name: "listen to (a person)"\n  label_id: 74\n  label_type: "X"\n}\n'
-    )
+    last = 'label {\n  name: "listen to (a person)"\n  label_id: 74\n  label_type: "X"\n}\n'
+    (notes / "ava_action_list_v2.2_for_activitynet_2019.pbtxt").write_text(last)
     for name in "abd":
         write_csv(tmp_path / "videos" / f"{name}.mkv")
     return tmp_path
@@ -197,9 +202,7 @@ def test_training_takes_true_boxes_and_sure_ones_and_a_test_detected_ones_alone(
     assert read_keyframes(folder, "val", line) == detected | {("b", 1003): [(other, [5])]}
     with pytest.raises(InputError, match="no box reaches --detection_threshold"):
         read_keyframes(folder, "val", "--detection_threshold 2")
-    with pytest.raises(
-        InputError, match=r"1 of 3 movies are not below .*videos: c; --videos FOLDER says"
-    ):
+    with pytest.raises(InputError, match="1 of 3 movies are not below .*: c; --videos FOLDER says"):
         read_keyframes(folder, "train", "")
 
 

@@ -18,7 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import model as m
 from model import MAE, Classifier, Detector, load_pretrained, parameter_groups, patchify, unpatchify
 
-ROOT = Path(__file__).parents[1]
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())
 ENCODER = dict(img_size=32, patch_size=8, num_frames=8, embed_dim=32, depth=2, num_heads=2)
 DECODER = dict(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
@@ -265,15 +264,33 @@ def test_any_input_size_runs_with_positions_resized():
     assert_close(slope, torch.full((11,), 0.5))
 
 
+def test_sines_have_wavelengths_from_4_to_4n_for_rows_then_columns_and_for_time():
+    mae = tiny(img_size=40)
+    m.start_from_sines(mae)
+    tables = mae.state_dict()
+    for name in ("pos_embed", "decoder_pos_embed"):
+        time, space = tables[f"{name}_temporal"][0], tables[f"{name}_spatial"].view(5, 5, -1)
+        rows, columns = space[:, 3].chunk(2, 1)[0], space[1].chunk(2, 1)[1]
+        for table in time, rows, columns:
+            waves = 4 * len(table) ** torch.linspace(0, 1, table.shape[1] // 2)
+            angle = 2 * torch.pi * torch.arange(len(table))[:, None] / waves
+            assert_close(table, torch.cat([angle.sin(), angle.cos()], 1))
+    with pytest.raises(m.InputError, match="a width that 4 divides, not 18"):
+        m.start_from_sines(tiny(decoder_embed_dim=18))
+
+
 @pytest.mark.parametrize("clips", [1, 2])
 @pytest.mark.parametrize("name", THREE_MODELS)
 def test_gradients_are_those_of_checkpointed_blocks_and_lie_as_parameters_do(name, clips):
     """DDP warns of strides that differ from those of its buckets, and copies."""
     plain, again = THREE_MODELS[name](), THREE_MODELS[name](grad_checkpointing=True)
     again.load_state_dict(plain.state_dict())
+    calls = []
     for model in (plain, again):
+        model.blocks[0].register_forward_pre_hook(lambda block, _, model=model: calls.append(model))
         torch.manual_seed(0)
         loss_of(model, part=slice(clips)).backward()
+    assert calls == [plain, again, again]  # a block runs again in the backward pass
     for (key, p), q in zip(plain.named_parameters(), again.parameters()):
         assert p.grad.stride() == q.grad.stride() == p.stride(), key
         assert_close(p.grad, q.grad)
@@ -296,9 +313,8 @@ def test_drop_path_rises_linearly_with_depth_and_keeps_the_mean(kind, rate):
 @pytest.mark.parametrize("name", ["Classifier", "Detector"])
 def test_dropout_stands_before_the_head_in_training_alone(name):
     model, shares = THREE_MODELS[name](dropout=0.3), []
-    model.head.register_forward_pre_hook(
-        lambda _, args: shares.append((args[0] == 0).float().mean())
-    )
+    zeros = lambda _, args: shares.append((args[0] == 0).float().mean())  # noqa: E731
+    model.head.register_forward_pre_hook(zeros)
     for training in (True, False):
         loss_of(model.train(training), 0)
     assert shares[0].item() == pytest.approx(0.3, abs=0.15) and shares[1] == 0
@@ -327,6 +343,9 @@ def test_joint_positions_are_split_exactly_if_they_are_separable(separable, fram
         assert (error.abs().max() < 1e-6) == separable
         error = error[:, 1:].unflatten(1, (grid[0], -1))  # 0 on average, in space and in time
         assert error.mean(1).abs().max() < 1e-5 and error.mean(2).abs().max() < 1e-5
+    short = MAE(**config | dict(num_frames=4))  # 2 x 28 x 28 are as many, but 8 times likelier
+    load_pretrained(short, tmp_path / "pretrain.pyth")
+    assert_close(short.pos_embed_spatial, loaded.pos_embed_spatial)
     noise = torch.rand(2, math.prod(grid))
     one, other = (mae(clip(mae), 0.9, noise)[0] for mae in (source, loaded))
     assert torch.allclose(one, other, atol=1e-5) == separable
@@ -381,9 +400,7 @@ class Code:
     ("pickle.pt", {}, r"not a readable checkpoint"),
     ("empty.pt", {}, "holds no weights"),
 ])  # fmt: skip
-def test_checkpoints_that_do_not_fit_or_hold_code_are_refused_by_name(
-    name, changes, error, tmp_path, monkeypatch
-):
+def test_what_does_not_fit_or_holds_code_is_refused(name, changes, error, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     state, code = {"model": tiny().state_dict()}, Code()
     contents = {"tiny.pt": state, "code.pt": state | {"step": code}, "empty.pt": {"epoch": 3}}

@@ -5,12 +5,15 @@ import os
 import re
 import shutil
 import sys
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SMALL, STAGES, checkpoint_of, entries, json_of, line_of, run_stage, start
 from torch.nn.modules.module import register_module_forward_hook
+from torch.testing import assert_close
 
 import data
 import finetune_ava
@@ -18,6 +21,7 @@ import finetune_cls
 import mae_pretrain
 import model as m
 
+ACTIONS = dict(enumerate(data.DEMO_ACTIONS, 1))
 TABLES = {  # rows in the paper's order, as flags; a value for each model, or one for all
     (mae_pretrain, "KINETICS", "", "vit_b vit_l vit_h"): """
         optimizer "adamw"; betas [0.9, 0.95]; weight_decay 0.05; lr 1.6e-3; warmup_epochs 120;
@@ -64,6 +68,12 @@ def test_what_tables_leave_open_has_the_defaults_of_the_paper_and_the_released_c
     assert args.output_dir == "runs/mae_pretrain_kinetics400_vit_l" and not args.segments
     config = mae_pretrain.model_config(args)
     assert [config[f"decoder_{x}"] for x in ("embed_dim", "depth", "num_heads")] == [512, 4, 8]
+    args = settled(mae_pretrain, "--pred_t_dim 16 --decoder_num_heads 4")
+    config = mae_pretrain.model_config(args)
+    assert (config["pred_t_dim"], config["decoder_num_heads"]) == (16, 4)
+    for stage in map(sys.modules.get, STAGES):
+        config = stage.model_config(settled(stage, "--grad_checkpointing --num_frames 8"))
+        assert (config["grad_checkpointing"], config["num_frames"]) == (True, 8)
     args = settled(finetune_cls, "")
     assert (args.dataset, args.model, args.views) == ("kinetics400", "vit_l", (7, 3))
     assert (args.crop_scale, args.hflip, args.segments) == ([0.08, 1.0], True, False)
@@ -88,16 +98,24 @@ def test_the_learning_rate_scales_with_the_batch_and_warm_up_shrinks_with_the_ep
     assert settled(mae_pretrain, "--epochs 200 --warmup_epochs 50").warmup_epochs == 50
 
 
-SHOWN = {  # values of ViT-L's recipe, of ViT-H's, of the demo's
-    "mae_pretrain": ("800 512 0.02", "800", "32 32"),
-    "finetune_cls": ("100 256 0.75", "75 0.8", "80 16"),
-    "finetune_ava": ("30 128 0.75", "0.85", "40 8"),
-}
+@pytest.mark.parametrize("size, device, world, more, expected", [
+    ("vit_l", "cuda", 1, "", (20, 3, 8)),  # steps, micro-batches in each, videos in these
+    ("vit_l", "cuda", 2, "", (20, 3, 4)), ("vit_l", "cpu", 2, "", (20, 12, 1)),
+    ("vit_demo", "cpu", 1, "", (20, 1, 24)), ("vit_l", "cuda", 1, "--micro_batch 6", (20, 4, 6)),
+])  # fmt: skip
+def test_a_batch_is_split_as_devices_need(size, device, world, more, expected, monkeypatch):
+    monkeypatch.setattr(m, "WORLD", world)
+    args = settled(mae_pretrain, f"--model {size} --batch_size 24 --repeat_aug 4 --epochs 8 {more}")
+    split = m.split_batch(args, 240, torch.device(device), {"vit_l": 16})
+    assert (*split, args.micro_batch) == expected
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_help_has_groups_and_the_values_of_the_recipe_at_hand(stage, capsys):
-    for line, shown in zip(("", "--model vit_h", "--dataset demo"), SHOWN[stage]):
+SHOWN = ("800 512 0.02", "800", "32 32"), ("100 256 0.75", "75 0.8", "80 16"), ("30 128 0.75", "0.85", "40 8")  # fmt: skip
+
+
+@pytest.mark.parametrize("stage, texts", zip(STAGES, SHOWN))
+def test_help_has_groups_and_the_values_of_the_recipe_at_hand(stage, texts, capsys):
+    for line, shown in zip(("", "--model vit_h", "--dataset demo"), texts):
         with pytest.raises(SystemExit):
             sys.modules[stage].parse_args([*line.split(), "--help"])
         out = " ".join(capsys.readouterr().out.split())
@@ -176,26 +194,71 @@ def test_kept_checkpoints_stay_and_a_log_line_has_a_mean(whole, videos, tmp_path
     assert {e["step"]: e["loss"] for e in entries(tmp_path)} == pytest.approx(means)
 
 
-@pytest.mark.parametrize("minutes, steps", [(100, [12]), (0, list(range(1, 13)))])
+@pytest.mark.parametrize("minutes, steps", [(100, [12]), (0, list(range(1, 13))), (2, [4, 8, 12])])
 def test_checkpoints_follow_the_clock_not_the_passes(minutes, steps, videos, tmp_path, monkeypatch):
-    writes, save = [], m.save_checkpoint
+    writes, save, tell = [], m.save_checkpoint, m.time.perf_counter
+    waited, record = Mock(), m.Run.record
+    monkeypatch.setattr(m.Run, "record", lambda *a: [waited(), record(*a)])
+    clock = SimpleNamespace(perf_counter=lambda: tell() + 35 * waited.call_count)  # s in each step
+    monkeypatch.setattr(m, "time", clock)
     monkeypatch.setattr(m, "save_checkpoint", lambda *a: [writes.append(a[1]["step"]), save(*a)])
     line = line_of("mae_pretrain", videos, tmp_path, f"--save_minutes {minutes}")
     assert run_stage("mae_pretrain", line) == "" and writes == steps
 
 
+def test_a_plan_warns_of_what_looks_wrong(videos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(m.SIZES, "vit_b", m.SIZES["vit_demo"])
+    more = "--model vit_b --img_size 28 --epochs 2"
+    assert run_stage("mae_pretrain", line_of("mae_pretrain", videos, tmp_path, more)) == ""
+    gflop = 16e-9 * m.count_flops(m.MAE, checkpoint_of(tmp_path)["config"], 0.9)
+    out = capsys.readouterr().out
+    assert "warning: 4 of 28 rows and columns fill no patch and are dropped" in out
+    assert f"warning: a step is {gflop:,.0f} GFLOP, {gflop / 100:,.0f} s at 100 GFLOP/s" in out
+
+
+def test_validation_takes_one_view_and_training_goes_on_after_it(videos, tmp_path):
+    seen, (training, one_view, views) = [], ((True, 4), (False, 1), (False, 6))
+
+    def note(module, args, _):
+        if isinstance(module, m.Classifier) and not args[0].is_meta:
+            seen.append((module.training, len(args[0])))
+
+    with register_module_forward_hook(note):
+        line = line_of("finetune_cls", videos, tmp_path, "--epochs 2 --val_epochs 1")
+        assert run_stage("finetune_cls", line) == ""
+    assert seen == 2 * (2 * [training] + 5 * [one_view]) + 5 * [views]
+
+
+@pytest.mark.parametrize("mixup, cutmix", [(0.8, 0), (0, 1.0), (0, 0)])
+def test_clips_are_mixed_with_their_neighbours_in_one_way_or_not_at_all(mixup, cutmix):
+    args = SimpleNamespace(mixup=mixup, cutmix=cutmix, num_classes=4, repeat_aug=2)
+    label, plain = torch.arange(4), torch.eye(4)
+    video = torch.arange(4.0).view(4, 1, 1, 1, 1).expand(4, 3, 2, 8, 8)  # of one value each
+    for seed in range(9):
+        torch.manual_seed(seed)
+        mixed, target = finetune_cls.mix_clips(video, label, args)
+        share = target[0, 0] if mixup or cutmix else 1
+        assert_close(target, share * plain + (1 - share) * plain.roll(1, 0))
+        assert_close(mixed.mean((1, 2, 3, 4)), target @ torch.arange(4.0))
+        assert mixup or torch.equal(mixed, mixed.round())  # each pixel is of one clip
+        assert cutmix or (mixed == mixed[..., :1, :1]).all()
+    mixed, target = finetune_cls.mix_clips(video[:2], label[:2], args)  # clips of one video
+    assert torch.equal(mixed, video[:2]) and torch.equal(target, plain[:2])
+
+
 @pytest.mark.parametrize("stage", STAGES)
-def test_linear_layers_compute_in_bf16_where_that_is_asked_for(stage, videos, tmp_path):
-    seen = set()
+def test_blocks_are_compiled_and_compute_in_bf16_if_asked_for(stage, videos, tmp_path, monkeypatch):
+    seen, compiled = set(), []
+    monkeypatch.setattr(m.Block, "compile", lambda block: compiled.append(block))
 
     def note(module, _, output):
         if isinstance(module, torch.nn.Linear) and module.training and not output.is_meta:
             seen.add(output.dtype)
 
     with register_module_forward_hook(note):
-        line = line_of(stage, videos, tmp_path, ONE_STEP[stage], "--precision bf16")
+        line = line_of(stage, videos, tmp_path, ONE_STEP[stage], "--precision bf16 --compile")
         assert run_stage(stage, line) == ""
-    assert seen == {torch.bfloat16}
+    assert seen == {torch.bfloat16} and len(compiled) == 4 + (stage == "mae_pretrain")
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -327,6 +390,27 @@ def test_eval_and_score_give_the_figure_of_the_run(whole, videos, tmp_path, caps
     assert json_of(tmp_path)["boxes"] == expected["boxes"]
 
 
+def test_missing_movies_do_not_count_as_missed(whole, videos, tmp_path):
+    run, notes = whole("finetune_ava"), videos / "ava" / "annotations"
+    (tmp_path / "val0000.mp4").symlink_to(videos / "ava/videos/val0000.mp4")
+    line = f"--eval --allow_missing --init {run} --videos {tmp_path} --output_dir {tmp_path}"
+    assert run_stage("finetune_ava", line) == ""
+    truth = data.read_boxes(notes / "ava_val_v2.2.csv", scored=False)
+    here = {key: rows for key, rows in truth.items() if key[0] == "val0000"}
+    found = data.read_boxes(tmp_path / "detections.csv")
+    scores = [finetune_ava.score(rows, found, ACTIONS)["mAP"] for rows in (here, truth)]
+    assert json_of(tmp_path)["mAP"] == scores[0] > scores[1]
+
+
+def test_a_caption_has_at_most_three_likely_actions_and_at_least_one():
+    actions = {4: "sit", 8: "run", 10: "talk", 21: "read", 30: "eat"}
+    scores = torch.zeros(80)
+    scores[[3, 7, 9, 20, 39]] = torch.tensor([0.25, 0.9, 0.22, 0.3, 1.0])  # action 40 has no name
+    assert finetune_ava.caption(scores, actions) == "run 0.90, read 0.30, sit 0.25"
+    assert finetune_ava.caption(scores, actions | {8: "walk"}).startswith("walk 0.90, ")
+    assert finetune_ava.caption(scores / 10, actions) == "run 0.09"
+
+
 def test_predict_draws_and_writes_what_people_do(whole, videos, tmp_path, capsys):
     rows = ["val0001,1.5,0.1,0.2,0.4,0.8", "val0001,1.5,0.5,0.2,0.9,0.8"]
     rows += ["val0001,3,0.5,0.2,0.9,0.8", "another,3,0.5,0.2,0.9,0.8"]
@@ -411,9 +495,10 @@ BAD = {  # what is added to a good line, and what is said; words in capitals: se
 }
 
 
-@pytest.mark.parametrize(
-    "stage, line, error", [(stage, *row) for stage, rows in BAD.items() for row in rows]
-)
+CASES = [(stage, *row) for stage, rows in BAD.items() for row in rows]
+
+
+@pytest.mark.parametrize("stage, line, error", CASES)
 def test_bad_input(stage, line, error, bad_files, videos, whole, monkeypatch, capsys):
     monkeypatch.chdir(bad_files)
     notes = videos / "ava" / "annotations"

@@ -9,22 +9,13 @@ import re
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    STAGES,
-    encode,
-    entries,
-    family,
-    len_log,
-    line_of,
-    noise_frames,
-    run_stage,
-    start,
-)
+from conftest import STAGES, encode, entries, family, line_of, noise_frames, run_stage, start
 
 import data
 import mae_pretrain
@@ -68,7 +59,7 @@ def test_a_killed_run_goes_on_in_the_same_bits(stage, videos, whole, tmp_path):
     """kill -9 at a random moment after the first checkpoint; the same command again."""
     line = line_of(stage, videos, tmp_path, "--num_workers 2 --save_minutes 0.001")
     job, lines = start(stage, line, harm=SLOW), random.randint(2, 6)
-    job.wait_for(lambda: len_log(tmp_path) >= lines and (tmp_path / "checkpoint.pt").exists())
+    job.wait_for(lambda: len(entries(tmp_path)) >= lines and (tmp_path / "checkpoint.pt").exists())
     time.sleep(random.uniform(0, 0.2))
     os.killpg(job.pid, signal.SIGKILL)
     job.finish()
@@ -84,7 +75,7 @@ def stop_and_go_on(stage, more, videos, out, launcher, harm=""):
     """Stop a group with SIGTERM amid its steps, and give the command again."""
     line = line_of(stage, videos, out, more)
     job = start(stage, line, 2, SLOW + harm, launcher)
-    job.wait_for(lambda: len_log(out) >= 3)
+    job.wait_for(lambda: len(entries(out)) >= 3)
     for process in job.processes:  # or torchrun alone, which passes it on
         os.kill(process.pid, signal.SIGTERM)
     code, text = job.finish()
@@ -93,6 +84,7 @@ def stop_and_go_on(stage, more, videos, out, launcher, harm=""):
     assert f"saved after step {step} of" in text
     code, text = start(stage, line, 2, harm, launcher).finish()
     assert code == 0 and f"resuming after step {step}" in text, text
+    assert 0.5 < max(entry["data_wait"] for entry in entries(out)) < 1.01  # a share, of both alike
 
 
 def test_a_group_stopped_by_sigterm_goes_on_in_the_same_bits(videos, whole, tmp_path):
@@ -115,7 +107,7 @@ def test_a_compiled_group_of_torchrun_goes_on_in_the_same_bits(stage, videos, wh
 def test_torchrun_brings_back_a_group_that_lost_a_process(stage, videos, whole, tmp_path):
     line = line_of(stage, videos, tmp_path, "--save_minutes 0")
     job = start(stage, line, 2, SLOW, launcher="torchrun", restarts=1)
-    job.wait_for(lambda: len_log(tmp_path) >= 3)
+    job.wait_for(lambda: len(entries(tmp_path)) >= 3)
     os.kill(family(job.pid)[2], signal.SIGKILL)  # rank 1; family()[0] is torchrun
     code, text = job.finish()
     assert code == 0 and "resuming after step" in text, text
@@ -187,9 +179,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(damage, tmp_path
     warning = f"warning: {path}: not a readable checkpoint"
     assert (warning in capsys.readouterr().out) == (damage != "gone")
     previous.write_bytes(b"")
-    with pytest.raises(
-        InputError, match=r"none of its checkpoints can be read; --no-resume starts"
-    ):
+    with pytest.raises(InputError, match="none of its checkpoints can be read; --no-resume"):
         m.find_checkpoint(tmp_path)
 
 
@@ -221,9 +211,7 @@ def other_run(whole, tmp_path):
     return tmp_path / "run"
 
 
-def test_no_resume_keeps_the_replaced_checkpoint_and_a_restart_does_not_replace_it_again(
-    other_run, videos, monkeypatch, capsys
-):
+def test_no_resume_keeps_what_it_replaces_for_good(other_run, videos, monkeypatch, capsys):
     old = (other_run / "checkpoint.pt").read_bytes()
     line = line_of("mae_pretrain", videos, other_run, "--no-resume --seed 1")
     with monkeypatch.context() as patch:
@@ -232,7 +220,7 @@ def test_no_resume_keeps_the_replaced_checkpoint_and_a_restart_does_not_replace_
     assert not list(other_run.glob("*.pt"))
     assert (other_run / "checkpoint.pt.replaced").read_bytes() == old
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # by torchrun, before the first save
-    assert run_stage("mae_pretrain", line) == "" and len_log(other_run) == 12
+    assert run_stage("mae_pretrain", line) == "" and len(entries(other_run)) == 12
     capsys.readouterr()
     assert run_stage("mae_pretrain", line) == ""  # and after it
     assert "resuming after step 12" in capsys.readouterr().out
@@ -287,10 +275,18 @@ def test_each_broken_video_is_logged_once_and_more_than_allowed_stop_the_run(vid
     assert "failures.log" in message and "\n" not in message
 
 
+def test_one_video_in_a_hundred_may_be_unreadable(tmp_path):
+    args, videos = SimpleNamespace(max_failures=None), data.VideoList("", "", map(str, range(999)))
+    run = SimpleNamespace(videos=videos, args=args, out=tmp_path, failed=set())
+    with pytest.raises(InputError, match=r"10 of 999 videos cannot .* more than --max_failures 9;"):
+        for index in range(99):
+            m.Run.note_failure(run, index, "broken")
+
+
 def test_a_killed_worker_is_one_line_and_no_hang(videos, tmp_path):
     line = line_of("mae_pretrain", videos, tmp_path, "--num_workers 2")
     job = start("mae_pretrain", line, harm=SLOW)
-    job.wait_for(lambda: len_log(tmp_path) >= 1 and len(family(job.pid)) >= 3)
+    job.wait_for(lambda: len(entries(tmp_path)) >= 1 and len(family(job.pid)) >= 3)
     os.kill(family(job.pid)[-1], signal.SIGKILL)
     code, text = job.finish(40)
     assert code == 1 and "Traceback" not in text, text
