@@ -1068,12 +1068,11 @@ def load_samples(dataset, sampler, together=None):
     """Yield dataset[key] for each key, by --num_workers processes, which end with it.
 
     together: how many to join by collate. Nothing random is left to the workers, so their
-    number changes nothing. By default they take the process's share of the cores; without a GPU,
-    half of it.
+    number changes nothing. By default there is one for each of the process's cores.
     """
     workers = dataset.args.num_workers
     if workers is None:
-        workers = cores() if torch.cuda.is_available() else max(1, cores() // 2)
+        workers = cores()
     loader = DataLoader(
         dataset,
         sampler=sampler,
