@@ -204,8 +204,10 @@ def train(args):
             print(f"drawing training videos instead: {str(error).splitlines()[0]}")
         paths = [videos.path(i * len(videos) // 4) for i in range(min(4, len(videos)))]
         visualize(mae, paths, run.out / "reconstructions", args, device)
-        data_set = f"--dataset {args.dataset} --model {args.model}"
-        print(f"next: python finetune_cls.py {data_set} --init {run.out}/checkpoint.pt")
+        named = args.data.startswith(f"data/{args.dataset}")  # found by its name
+        data_set = f"--dataset {args.dataset}" if named else "--data LABELLED_VIDEOS"
+        model = f"--model {args.model} --init {run.out}/checkpoint.pt"
+        print(f"next: python finetune_cls.py {data_set} {model}")
 
 
 @torch.no_grad()

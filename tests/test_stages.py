@@ -186,7 +186,7 @@ def test_kept_checkpoints_stay_and_a_log_line_has_a_mean(whole, videos, tmp_path
     line = line_of("mae_pretrain", videos, tmp_path, "--keep_epochs 8 --log_interval 5")
     assert run_stage("mae_pretrain", line) == ""
     assert "12 steps" in (out := capsys.readouterr().out) and "warning: so few steps" in out
-    assert f"next: python finetune_cls.py --dataset {videos.name} --model vit_demo --init" in out
+    assert "next: python finetune_cls.py --data LABELLED_VIDEOS --model vit_demo --init" in out
     steps = {path.name: checkpoint_of(path)["step"] for path in tmp_path.glob("checkpoint_e*")}
     assert steps == {f"checkpoint_epoch{epoch}.pt": epoch // 2 for epoch in (8, 16, 24)}
     losses = [entry["loss"] for entry in entries(whole("mae_pretrain"))]
