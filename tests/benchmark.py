@@ -252,14 +252,14 @@ def benchmark_plan(args):
             for task, repeats in ("pre-train", 4), ("fine-tune", 1), ("fine-tune", 2):
                 loading[name, task, repeats] = one_row(path, task, repeats)
     print(f"\n{args.gpus} GPUs at this rate; cores of this machine that load for one GPU:")
-    print(f"{'recipe':32}  epochs  M clips  GFLOP/clip  hours  GOP 250  prepared")
+    print(f"{'recipe':32}  epochs  M clips  GFLOP/clip     hours  GOP 250  prepared")
     for task, ratio, sizes, recipe, name, count in RECIPES:
         for size in sizes:
             row, flops = m.column(recipe, size), build(task, size, ratio)[2]
             clips, speed = count * row["epochs"], reached[task] / flops  # clips/s
             text, hours = f"{task} {size} on {name}", clips / speed / args.gpus / 3600
             print(f"{text:32}{row['epochs']:8}{clips / 1e6:9.1f}{flops / 1e9:12.0f}", end="")
-            print(f"{hours:7.1f}", end="")
+            print(f"{hours:10.1f}", end="")
             for file, width in ("kinetics_gop250", 9), ("prepared", 10):
                 cores = speed / loading[file, task, row.get("repeat_aug", 1)]
                 print(f"{cores:{width}.1f}", end="")
