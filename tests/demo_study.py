@@ -161,7 +161,7 @@ PARTS = {
 
 
 def main():
-    formatter, cores = argparse.RawDescriptionHelpFormatter, len(os.sched_getaffinity(0))
+    formatter, cores = argparse.RawDescriptionHelpFormatter, os.cpu_count()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
     add("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default: all")

@@ -1,6 +1,6 @@
 """What can go wrong, done for real: kills, damaged files, full disks, broken videos, lost processes.
 
-The README's table on fault tolerance has a row for each. `pytest -m long` does the rest of it.
+The README's list on fault tolerance has a line for each. `pytest -m long` does the rest of it.
 """
 
 import os
