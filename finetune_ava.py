@@ -14,51 +14,31 @@ reaches 35.9 mAP on center crops and 36.8 on full frames (Table 8).
 """
 
 import argparse
+import contextlib
 import csv
-import json
 import math
+import os
+import re
 from pathlib import Path
 
 import numpy as np
+import model  # noqa: F401, before torch: it sets how torch's threads wait
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.io import write_png
+from torchvision.io import encode_png
 from torchvision.ops import box_iou
 from torchvision.utils import draw_bounding_boxes
 
-import data
-from data import AVA_CLASSES, Batches, KeyframeDataset, Keyframes, KeyframeTestDataset
-from model import (
-    RANK,
-    RUN_FLAGS,
-    SIZES,
-    STOPPED,
-    WORLD,
-    Detector,
-    InputError,
-    Run,
-    autocast,
-    compile_blocks,
-    cosine_decay,
-    count_flops,
-    fraction,
-    load_for_use,
-    make_optimizer,
-    make_parser,
-    on_rank0,
-    parameter_groups,
-    parse_twice,
-    positive_int,
-    print_plan,
-    print_rank0,
-    resume,
-    run_main,
-    split_batch,
-    start_from_sines,
-    start_process,
-)
+from data import FPS, Batches, TestDataset, TrainDataset, Video, VideoError, files_below, make_demo
+from data import read_entries, report_failures, run_test, short_hash, stateless_seed, to_clip
+from data import upright_size
+from model import RUN_FLAGS, SIZES, STOPPED, Detector, InputError, Run, autocast, compile_blocks
+from model import cosine_decay, count_flops, fraction, load_for_use, make_optimizer, make_parser
+from model import make_plan, on_rank0, parameter_groups, parse_with_recipe, positive_int, print_plan
+from model import print_rank0, rank, rate, read_checkpoint, resume, run_main, start_from_sines
+from model import start_process, world_size, write_json, writing
 
 AVA = dict(  # Table 6a: AVA fine-tuning. Keys are flags, comments the table's words
     optimizer="sgd",  # optimizer: SGD
@@ -70,6 +50,8 @@ AVA = dict(  # Table 6a: AVA fine-tuning. Keys are flags, comments the table's w
     drop_path=0.2,  # drop path
     dropout=0.5,  # dropout
     layer_decay={"vit_l": 0.75, "vit_h": 0.85},  # layer-wise decay
+    # Not in the table: keyframes that a GPU of 80 GB takes at once.
+    micro_batch={"vit_b": 32, "vit_l": 16, "vit_h": 8},
 )
 DEMO = AVA | dict(  # vit_demo, minutes on two CPU cores: too few steps for SGD
     optimizer="adamw",
@@ -78,33 +60,38 @@ DEMO = AVA | dict(  # vit_demo, minutes on two CPU cores: too few steps for SGD
     lr=2e-3,
     epochs=40,
     batch_size=8,
+    micro_batch=None,  # all of them
     drop_path=0.1,
     dropout=0.0,
     layer_decay=0.75,
     test_crop="full",
-    img_size=32,
+    img_size=48,
     precision="fp32",  # matrices this small are slower in bf16
     sine_positions=True,
 )
-MICRO_BATCH = {"vit_b": 32, "vit_l": 16, "vit_h": 8}  # keyframes that fit on a GPU of 80 GB
 TEST_FLAGS = {"test_crop", "test_size", "boxes", "ground_truth", "excluded", "action_list"}
 MAY_DIFFER = RUN_FLAGS | TEST_FLAGS | {"data", "videos", "video_start"}  # on resume
 
 
 def recipe_of(args):
-    return DEMO if args.model == "vit_demo" else AVA
+    recipe = DEMO if args.model == "vit_demo" else AVA
+    return recipe | dict(video_start=900) if args.dataset == "demo" else recipe
 
 
 def parse_args(argv=None):
-    parser = make_parser(__doc__, data.AVA_LAYOUT)
+    parser = make_parser(__doc__, AVA_LAYOUT)
     switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("fine-tuning").add_argument
-    add("--drop_path", type=fraction, help="stochastic depth rate of the last block")
-    add("--dropout", type=fraction, help="before the head")
+    add("--drop_path", type=rate, help="stochastic depth rate of the last block")
+    add("--dropout", type=rate, help="before the head")
     add("--layer_decay", type=fraction, help="layer-wise lr decay; 0 trains the head only")
     add("--rel_pos", action=switch, default=False, help="relative positions (Table 8)")
-    add("--detection_threshold", type=float, default=0.8, help="drop boxes with lower scores")
-    add("--video_start", type=float, help="second at which files begin; None: 0, or 900 for frames")
+    add("--detection_threshold", type=fraction, default=0.8, help="drop boxes with lower scores")
+    add(
+        "--video_start",
+        type=float,
+        help="second at which files begin; by default 0, or 900 for frames",
+    )
     add("--allow_missing", action="store_true", help="skip missing movies, and do not score them")
     add = parser.add_argument_group("test").add_argument
     add(
@@ -113,20 +100,19 @@ def parse_args(argv=None):
         default="center",
         help="part of a frame (Table 8)",
     )
-    add("--test_size", type=positive_int, help="short side in pixels; None: --img_size")
+    add("--test_size", type=positive_int, help="short side in pixels; by default --img_size")
     add("--eval", action="store_true", help="test the detector in --init")
     add("--predict", metavar="VIDEO", help="say and draw what the people in --boxes do")
     add("--score", metavar="CSV", help="score detections by AVA's protocol; needs no model")
-    help = "to test on, None: the data set's; to predict on: video,second of the file,x1,y1,x2,y2"
-    add("--boxes", metavar="CSV", help=help)
-    add("--ground_truth", metavar="CSV", help="to score against; None: the data set's")
-    add("--action_list", metavar="PBTXT", help="actions that count; None: the data set's")
-    add("--excluded", metavar="CSV", help="seconds that do not count; None: the data set's")
-    parser.set_defaults(repeat_aug=1, actions=None)
-    args = parse_twice(parser, "finetune_ava", "ava", recipe_of, argv)
-    if args.dataset == "demo" and args.video_start is None:
-        args.video_start = 900
-    return args
+    add(
+        "--boxes",
+        metavar="CSV",
+        help="to predict on: video,second of the file,x1,y1,x2,y2; to test on: the data set's",
+    )
+    add("--ground_truth", metavar="CSV", help="to score against; by default the data set's")
+    add("--action_list", metavar="PBTXT", help="actions that count; by default the data set's")
+    add("--excluded", metavar="CSV", help="seconds that do not count; by default the data set's")
+    return parse_with_recipe(parser, "finetune_ava", "ava", recipe_of, argv)
 
 
 def model_config(args):
@@ -142,14 +128,319 @@ def model_config(args):
     )
 
 
+# ----------------------------------------------------------------------------- AVA's annotations
+
+AVA_TIMES = 902, 1798  # the seconds of each movie that are annotated
+AVA_CLASSES = 80  # actions, numbered from 1; 60 of them are evaluated
+AVA_FILES = {  # by their distributed names; of several, the last by name, then by path
+    "ground_truth": "ava_{split}_v2.?.csv",
+    "excluded": "ava_{split}_excluded_timestamps_v2.?.csv",
+    "boxes": "ava_detection_{split}_boxes*.csv",
+    "action_list": "ava_action_list_v2.?_for_activitynet_*.pbtxt",
+}
+AVA_LAYOUT = """\
+  DATA/annotations/         with everything below at any depth:
+    ava_train_v2.2.csv      rows of video,second,x1,y1,x2,y2,action,person; ava_val_v2.2.csv
+    ava_train_excluded_timestamps_v2.2.csv                      rows of video,second; and of val
+    ava_action_list_v2.2_for_activitynet_2019.pbtxt             the 60 actions that are evaluated
+    ava_detection_val_boxes_and_labels.csv     a detector's boxes: video,second,x1,y1,x2,y2,action,
+                            score; the action may be empty or -1. Of train: to train on, as well
+  DATA/videos/VIDEO.mkv     movies, or cuts of 15 minutes (--video_start 900); or
+  DATA/frames/VIDEO/VIDEO_000001.jpg    their frames, 30 a second, from second 900 on
+--videos FOLDER if these are elsewhere. No data at hand? Use --dataset demo."""
+
+
+def find_file(args, split, what, needed=True):
+    """The path of an annotation file of a split, or None; flags replace those of the test."""
+    if split == "val" and vars(args)[what]:
+        return vars(args)[what]
+    folder = Path(args.data, "annotations")
+    pattern = AVA_FILES[what].format(split=split)
+    found = files_below(folder, lambda name: Path(name).match(pattern)) if folder.exists() else []
+    if not found and needed:
+        raise InputError(f"{args.data}: no {what} of {split} in it; expected\n{AVA_LAYOUT}")
+    found.sort(key=os.path.basename)
+    if len(found) > 1:
+        print(f"{folder}: {what} of {split}: {found[-1]}, the last of {len(found)} files")
+    return folder / found[-1] if found else None
+
+
+def finite(text):
+    """A number, not nan or infinite."""
+    if not math.isfinite(float(text)):
+        raise ValueError(f"{text} is not a number")
+    return float(text)
+
+
+def read_boxes(file, kind="detections", threshold=-math.inf, excluded=()):
+    """Read boxes: {(video, second): array (R, 6) of x1, y1, x2, y2, action, score}, as in the file.
+
+    Rows are video,second,x1,y1,x2,y2,action,score, with boxes as shares of the frame. The "truth"
+    has a person instead of the score (here 1); "proposals" may lack the action (0) or the score.
+    Rows with lower scores than the threshold and those of excluded (video, second) are left out.
+    Raises InputError with file and line.
+    """
+    columns = 8 if kind == "detections" else 6  # without an action, the truth is refused below
+
+    def convert(row):
+        if len(row) < columns:
+            raise ValueError(f"not enough values: {len(row)}")
+        second = finite(row[1])
+        x1, y1, x2, y2 = map(float, row[2:6])
+        action = int(row[6]) if len(row) > 6 and row[6].strip() not in ("", "-1") else 0
+        score = finite(row[7]) if kind != "truth" and len(row) > 7 else 1.0
+        thin = 1e-5  # thinner boxes are empty when they are written with six digits
+        if not (-1 < x1 < x2 - thin < 2 and -1 < y1 < y2 - thin < 2):
+            raise ValueError("not a box; expected x1 < x2 and y1 < y2, as shares of the frame")
+        if not (kind != "proposals") <= action <= AVA_CLASSES:
+            raise ValueError(f"action {action} is outside 1..{AVA_CLASSES}")
+        key = row[0].strip(), second
+        return (key, (x1, y1, x2, y2, action, score)) if score >= threshold else None
+
+    boxes = {}
+    expected = "video,second,x1,y1,x2,y2,action,score (or person)"
+    for key, values in read_entries(file, convert, expected):
+        if key not in excluded:
+            boxes.setdefault(key, []).append(values)
+    return {key: np.array(rows) for key, rows in boxes.items()}
+
+
+def read_excluded(file):
+    """Read the seconds that are not evaluated: a set of (video, second)."""
+
+    def convert(row):
+        video, second = row
+        return video.strip(), finite(second)
+
+    return set(read_entries(file, convert, "video,second")) if file else set()
+
+
+def read_action_list(file):
+    """Read a list of actions in either form it is distributed in: {number: name}."""
+
+    def convert(entry):
+        ((name, number),) = re.findall(r'name:\s*"(.*?)"\s*(?:label_)?id:\s*(-?\d+)', entry)
+        if not 1 <= int(number) <= AVA_CLASSES:
+            raise ValueError(f"action {number} is outside 1..{AVA_CLASSES}")
+        return int(number), name
+
+    expected = 'entries like item { name: "walk" id: 14 }'
+    items = re.compile(r"(?:item|label)\s*\{(.*?)\}", re.DOTALL).findall
+    actions = dict(read_entries(file, convert, expected, items, "item"))
+    if not actions:
+        raise InputError(f"{file}: no action list; expected {expected}")
+    return actions
+
+
+def find_movies(args, names):
+    """The movies with these names: {video: path of its file, or of the folder with its frames}.
+
+    Raises InputError if one is missing, unless --allow_missing: then it is reported and left out.
+    """
+    folders = [Path(args.data, name) for name in ("videos", "frames")]
+    folder = Path(args.videos or next(filter(Path.is_dir, folders), args.data))
+    movies = {Path(path).stem: folder / path for path in files_below(folder)}
+    movies |= {path.name: path for path in folder.glob("*") if path.is_dir()}
+    if missing := sorted(names - movies.keys()):
+        text = f"{len(missing)} of {len(names)} movies are not below {folder}: {missing[0]}, ..."
+        if not args.allow_missing:
+            raise InputError(f"{text}; --videos says where they are, --allow_missing skips them")
+        print(text)
+    return {name: str(movies[name]) for name in names & movies.keys()}
+
+
+def read_ground_truth(args):
+    """What a test is scored against: true boxes, actions that count, and excluded seconds."""
+    excluded = read_excluded(find_file(args, "val", "excluded", needed=False))
+    truth = read_boxes(find_file(args, "val", "ground_truth"), "truth", excluded=excluded)
+    actions = read_action_list(find_file(args, "val", "action_list"))
+    if args.allow_missing:  # what happens in missing movies must not count as missed
+        movies = find_movies(args, {video for video, _ in truth})
+        truth = {key: rows for key, rows in truth.items() if key[0] in movies}
+    return truth, actions, excluded
+
+
+def read_keyframes(args, split):
+    """The Keyframes of a split: true and detected boxes to train on, detected ones to test on.
+
+    Those that are excluded, of missing movies or outside AVA_TIMES are left out and counted.
+    """
+    train = split == "train"
+    excluded = read_excluded(find_file(args, split, "excluded", needed=False))
+    source = find_file(args, split, "boxes", needed=not train)
+    boxes = read_boxes(source, "proposals", args.detection_threshold) if source else {}
+    if source and not boxes:
+        raise InputError(f"{source}: no box reaches --detection_threshold")
+    if train:
+        if boxes and not any(rows[:, 4].any() for rows in boxes.values()):
+            raise InputError(f"{source}: boxes without actions cannot be trained on")
+        source = find_file(args, split, "ground_truth")
+        for key, rows in read_boxes(source, "truth").items():
+            boxes[key] = np.concatenate([rows, boxes.get(key, rows[:0])])
+    movies = find_movies(args, {video for video, _ in boxes})
+    kept, (first, last) = {}, AVA_TIMES
+    for key in sorted(boxes.keys() - excluded):
+        if key[0] in movies and first <= key[1] <= last:
+            kept[key] = boxes[key]
+    if out := len(boxes) - len(kept):
+        print(f"{source}: {out} keyframes are excluded, of missing movies or not in {AVA_TIMES}")
+    if not kept:
+        raise InputError(f"{source}: no keyframe is left to use")
+    return Keyframes(str(source), kept, movies, args.video_start)
+
+
+# --------------------------------------------------------------------------- keyframes and clips
+
+
+class Keyframes:
+    """Annotated seconds of movies, with their person boxes: what AVA trains and tests on."""
+
+    unit = "keyframes"
+
+    def __init__(self, source, boxes, movies, video_start=None):
+        """boxes: as from read_boxes. movies: {video: path}. video_start: the second that files
+        begin with; None: 0, or 900 for a folder of frames.
+        """
+        self.source = source
+        self.movies = movies
+        self.video_start = video_start
+        self.keys, self.rows = list(boxes), list(boxes.values())  # (video, second), (R, 6)
+
+    def __len__(self):
+        return len(self.keys)
+
+    def name(self, index):
+        video, second = self.keys[index]
+        return f"{self.movies[video]}, second {second:g}"
+
+    @property
+    def digest(self):
+        return short_hash(self.keys, *self.rows)
+
+    def boxes(self, index):
+        """A keyframe's boxes (K, 4), shares of the frame, and their actions (K, 80), booleans."""
+        boxes, box = np.unique(self.rows[index][:, :4], axis=0, return_inverse=True)
+        actions = np.zeros((len(boxes), 1 + AVA_CLASSES), dtype=bool)
+        actions[box.reshape(-1), self.rows[index][:, 4].astype(int)] = True
+        return boxes, actions[:, 1:]
+
+    def frames(self, index, num_frames, sampling_rate):
+        """A clip with the keyframe at num_frames // 2; beyond the movie's ends, its end frames."""
+        video, second = self.keys[index]
+        folder = os.path.isdir(self.movies[video])
+        start = 900 * folder if self.video_start is None else self.video_start
+        path = self.movies[video]
+        with contextlib.nullcontext(FrameFolder(path)) if folder else Video(path) as movie:
+            if not 0 <= second - start <= movie.duration:
+                raise VideoError(
+                    f"has no second {second:g}: it holds {start:g} to {start + movie.duration:g}; "
+                    "--video_start says at which second files begin: 900 for cuts of 15 minutes"
+                )
+            offsets = (np.arange(num_frames) - num_frames // 2) * sampling_rate / FPS
+            return movie.frames(second - start + offsets)
+
+
+class FrameFolder:
+    """A folder of frames, from ID/ID_000001.jpg, 30 a second, with the methods of a Video."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.count = sum(name.endswith(".jpg") for name in os.listdir(path))
+        self.duration = self.count / FPS
+
+    def frames(self, times):
+        """The frames nearest to the given times in seconds, as Video.frames gives them."""
+        numbers = 1 + np.rint(np.asarray(times) * FPS).astype(int).clip(0, self.count - 1)
+        decoded = {}
+        for number in set(numbers):
+            file = self.path / f"{self.path.name}_{number:06d}.jpg"
+            try:
+                with Video(file) as picture:
+                    (decoded[number],) = picture.frames([0])
+            except VideoError as error:
+                raise VideoError(f"{file.name} {error}") from None
+        return [decoded[number] for number in numbers]
+
+
+def cut_clip(frames, boxes, crop, size, flip=False):
+    """A clip, as from to_clip, and boxes moved to match: (T, h, w, 3), (K, 4) in pixels of it.
+
+    boxes (K, 4): shares of the frame; those returned are clipped to the crop. crop: (top, left,
+    height, width) in the frame; size: (height, width) of the clip.
+    """
+    (H, W), (top, left, height, width) = upright_size(frames[0]), crop
+    x = (boxes[:, 0::2] * W - left) * size[1] / width  # (K, 2)
+    y = (boxes[:, 1::2] * H - top) * size[0] / height
+    x = size[1] - x[:, ::-1] if flip else x
+    boxes = np.stack([x, y], 2).reshape(-1, 4).clip(0, [size[1], size[0]] * 2)
+    return to_clip(frames, size, crop, flip), torch.from_numpy(boxes).float()
+
+
+def round_to_even(x):
+    """The largest even number up to x: most videos store color at half the resolution."""
+    return 2 * int(x / 2)
+
+
+class KeyframeDataset(TrainDataset):
+    """Clips around keyframes to train on: short side 256 to 320, random crop of 224, flip.
+
+    A sample has: video uint8 (1, T, H, W, 3), boxes (K, 4) in its pixels, actions (K, 80). K counts
+    the boxes left in the crop; it may be 0.
+    """
+
+    def load(self, index, pass_number):
+        args = self.args
+        frames = self.videos.frames(index, args.num_frames, args.sampling_rate)
+        generator = torch.Generator().manual_seed(stateless_seed(args.seed, pass_number, index, 0))
+        scale, down, along, mirror = torch.rand(4, generator=generator).tolist()
+        H, W = upright_size(frames[0])
+        side = round_to_even(min(H, W) * 224 / (256 + (320 - 256) * scale))
+        crop = round_to_even((H - side) * down), round_to_even((W - side) * along), side, side
+        boxes, actions = self.videos.boxes(index)
+        flip = args.hflip and mirror < 0.5
+        clip, boxes = cut_clip(frames, boxes, crop, (args.img_size,) * 2, flip)
+        inside = (boxes[:, :2] < boxes[:, 2:]).all(1)
+        actions = torch.from_numpy(actions)[inside].float()
+        return {"video": clip[None], "boxes": [boxes[inside]], "actions": actions}
+
+
+class KeyframeTestDataset(TestDataset):
+    """Clips around keyframes to test on: short side --test_size; its middle square, or all of it.
+
+    A sample has: video uint8 (1, T, H, W, 3), boxes (K, 4) in its pixels. Whole frames ("full") are
+    rounded to patches. All boxes are kept: each needs scores.
+    """
+
+    def __init__(self, videos, args, patch_size):
+        super().__init__(videos, args)
+        self.patch_size = patch_size
+
+    def load(self, index):
+        args = self.args
+        short_side = self.args.test_size or self.args.img_size
+        frames = self.videos.frames(index, args.num_frames, args.sampling_rate)
+        H, W = upright_size(frames[0])
+        short = round_to_even(min(H, W))
+        size = (short_side, short_side)
+        crop = round_to_even((H - short) / 2), round_to_even((W - short) / 2), short, short
+        if args.test_crop == "full":
+            crop = (0, 0, H, W)
+            patch = min(H, W) / short_side * self.patch_size
+            size = [max(1, round(n / patch)) * self.patch_size for n in (H, W)]
+        clip, boxes = cut_clip(frames, self.videos.boxes(index)[0], crop, size)
+        return {"video": clip[None], "boxes": boxes}
+
+
+# ----------------------------------------------------------------------------------------- train
+
+
 def train(args):
     device = start_process(args)
 
     # ---------------------------------------------------------------- data
-    data.locate_data(args, "ava")
-    keyframes, held_out = (on_rank0(data.read_keyframes, args, split) for split in ("train", "val"))
-    args.actions = data.read_action_list(data.find_ava(args, "val")["action_list"])
-    steps, micro_steps = split_batch(args, len(keyframes), device, MICRO_BATCH)
+    keyframes, held_out = (on_rank0(read_keyframes, args, split) for split in ("train", "val"))
+    truth, classes, _ = on_rank0(read_ground_truth, args)
+    plan = make_plan(args, len(keyframes), repeat_aug=1, unit="keyframes")
 
     # --------------------------------------------------------------- model
     torch.manual_seed(args.seed)
@@ -162,41 +453,44 @@ def train(args):
     detector.to(device).train()
     if args.compile:
         compile_blocks(detector)
-    ddp = DistributedDataParallel(detector, broadcast_buffers=False) if WORLD > 1 else detector
+    ddp = detector
+    if world_size() > 1:
+        ddp = DistributedDataParallel(detector, broadcast_buffers=False)
 
     # ------------------------------------------------ optimizer and resume
     groups = parameter_groups(detector, args.weight_decay, args.layer_decay)
     optimizer = make_optimizer(args, groups)
-    start = resume(args, MAY_DIFFER, detector, optimizer, keyframes)
+    start, checkpoint = resume(args, MAY_DIFFER, detector, optimizer, keyframes)
     flops = count_flops(Detector, config, [torch.zeros(1, 4, device="meta")])
-    print_plan(args, detector, keyframes, steps, flops)
+    print_plan(args, plan, detector, keyframes, flops)
 
     # ---------------------------------------------------------------- loop
-    batches = Batches(KeyframeDataset(keyframes, args), device, start, steps)
-    with Run(args, keyframes, batches, start, steps, flops) as run:
-        for step in range(start, steps):
-            lr = cosine_decay(run.epoch(step), args.lr, args.warmup_epochs, args.epochs)
+    batches = Batches(KeyframeDataset(keyframes, args), plan, device, start)
+    with Run(args, plan, keyframes, batches, start, checkpoint, flops) as run:
+        for step in range(start, plan.steps):
+            lr = cosine_decay(plan.epoch(step), args.lr, args.warmup_epochs, args.epochs)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
 
-            # The loss is a mean over the boxes of the global batch: a clip may have none.
-            micro_batches = [next(batches) for _ in range(micro_steps)]
-            count = sum(len(boxes) for batch in micro_batches for boxes in batch["boxes"])
-            num_boxes = torch.full((), float(count), device=device)
-            if WORLD > 1:
+            # loss = cross entropy summed over all boxes of the global batch / (boxes * 80): a mean
+            # over boxes, not over clips, which may have none.
+            micro_batches = [next(batches) for _ in range(plan.micro_steps)]
+            boxes = sum(len(batch["actions"]) for batch in micro_batches)
+            num_boxes = torch.full((), float(boxes), device=device)
+            if world_size() > 1:
                 dist.all_reduce(num_boxes)
             loss = torch.zeros((), device=device)
             for micro_step, batch in enumerate(micro_batches):
                 # Seeds dropout and drop path. Five numbers: clips are seeded by four.
-                torch.manual_seed(data.stateless_seed(args.seed, step, RANK, micro_step, 0))
+                torch.manual_seed(stateless_seed(args.seed, step, rank(), micro_step, 0))
                 # DDP exchanges gradients at the last micro-batch only, and averages over processes;
-                # WORLD (below) turns that into a sum.
-                ddp.require_backward_grad_sync = micro_step == micro_steps - 1
+                # times world_size, that is a sum.
+                ddp.require_backward_grad_sync = micro_step == plan.micro_steps - 1
                 with autocast(args, device):
                     logits = ddp(batch["video"], batch["boxes"]).float()  # (K, 80)
-                actions = torch.cat(batch["actions"])
+                actions = batch["actions"]
                 error = F.binary_cross_entropy_with_logits(logits, actions, reduction="sum")
-                micro_loss = error * WORLD / (num_boxes.clamp(min=1) * AVA_CLASSES)
+                micro_loss = error * world_size() / (num_boxes.clamp(min=1) * AVA_CLASSES)
                 micro_loss.backward()
                 loss += micro_loss.detach()
             parameters = detector.parameters()
@@ -208,142 +502,149 @@ def train(args):
             if run.at_log_point():
                 run.log(lr=lr)  # raises if the loss is not finite
             if run.save_due():
-                run.save(detector, optimizer, config)
+                run.save(detector, optimizer, config=config, classes=classes)
             if run.stopping:
                 break
     if run.was_stopped():
         return STOPPED
-    test(detector, held_out, args)
+    test(detector, held_out, args, truth, classes)
     print_rank0(
         f"next: python finetune_ava.py --predict VIDEO --boxes CSV --init {run.out}/checkpoint.pt"
     )
 
 
-# ------------------------------------------------------------------------------------------ test
+# ----------------------------------------------------------------------------------------- score
 
 
-def detect(detector, keyframes, args):
-    """Score the boxes of keyframes: {index: (K, 80)}, and {index: reason} of unreadable ones."""
-    device = detector.cls_token.device
-    detector.eval()
+def score(truth, detections, actions):
+    """Score detections by AVA's protocol, in %: {"mAP": ..., "per_class": {name: AP or None}}.
 
-    @torch.no_grad()
-    def scores_of(sample):
-        video = sample["video"].permute(3, 0, 1, 2)[None].to(device)
-        with autocast(args, device):
-            logits = detector(video, [sample["boxes"].to(device)])
-        return logits.float().sigmoid().cpu()  # each action has its own score
-
-    return data.run_test(KeyframeTestDataset(keyframes, args, detector.patch_size), scores_of)
-
-
-def test(detector, keyframes, args):
-    """Detect at all keyframes and score; writes detections.csv, results.json and pictures/."""
-    scores, failures = detect(detector, keyframes, args)
-    if RANK > 0:
-        return
-    for index, reason in failures.items():
-        print(f"unreadable, its people count as missed: {keyframes.name(index)}: {reason}")
-    out = Path(args.output_dir)
-    files = data.find_ava(args, "val")
-    out.mkdir(parents=True, exist_ok=True)
-    write_detections(out / "detections.csv", keyframes, scores, args.actions)
-    truth = data.read_boxes(files["ground_truth"], scored=False)
-    excluded = data.read_excluded(files["excluded"])
-    if args.allow_missing:  # what happens in them must not count as missed
-        movies = data.find_movies(args, {video for video, _ in truth})
-        truth = {key: rows for key, rows in truth.items() if key[0] in movies}
-    results = score(truth, data.read_boxes(out / "detections.csv"), args.actions, excluded)
-    boxes = sum(map(len, scores.values()))
-    results |= dict(boxes=boxes, keyframes=len(keyframes), unreadable=len(failures))
-    size = args.test_size or args.img_size
-    results |= dict(test_crop=args.test_crop, test_size=size, init=args.init)
-    (out / "results.json").write_text(json.dumps(results, indent=1))
-    print(f"{boxes} boxes at {len(keyframes)} keyframes, {args.test_crop} crop")
-    shown = list(scores)[:: max(1, len(scores) // 4)][:4]
-    draw(keyframes, {index: scores[index] for index in shown}, args, out / "pictures")
-
-
-def write_detections(path, keyframes, scores, actions):
-    """Write detections in AVA's format: video,second,x1,y1,x2,y2,action,score."""
-    with open(path, "w", newline="") as file:
-        rows = csv.writer(file)
-        for index, values in scores.items():
-            video, second = keyframes.keys[index]
-            second = f"{int(second):04d}" if second == int(second) else f"{second:.10g}"
-            for box, value in zip(keyframes.boxes(index)[0], values.tolist()):
-                box = [f"{x:.6g}" for x in box]
-                for action in actions:
-                    rows.writerow([video, second, *box, action, f"{value[action - 1]:.6f}"])
-
-
-def score(truth, detections, actions, excluded=()):
-    """Score detections by AVA's protocol: {"mAP": ..., "per_class": {name: AP or None}}; prints it.
-
-    truth, detections: as from data.read_boxes. Mean average precision at IoU 0.5 over the actions
-    that happen in the ground truth. In order of falling score, a detection is right if the true box
-    of its action that it overlaps most has IoU >= 0.5 and is not taken yet.
+    Prints them. truth, detections: as from read_boxes. Mean average precision at IoU 0.5 over the
+    actions that happen in the ground truth.
     """
-    truth = {key: rows for key, rows in truth.items() if key not in excluded}
-    detections = {key: rows for key, rows in detections.items() if key not in excluded}
     if detections and not {video for video, _ in detections} & {video for video, _ in truth}:
         raise InputError(f"the detections are of other movies, such as {next(iter(detections))[0]}")
-    found = {action: [] for action in actions}  # (scores, right or wrong) of each keyframe
-    for key, rows in detections.items():
-        people = truth.get(key, np.zeros((0, 6)))
-        overlap = box_iou(torch.from_numpy(rows[:, :4]), torch.from_numpy(people[:, :4])).numpy()
-        overlap = overlap * (rows[:, None, 4] == people[:, 4])  # (detections, people)
-        best = overlap.argmax(1) if len(people) else None
-        matched = set()
-        for action in np.unique(rows[:, 4]).astype(int).tolist():
-            if action not in found:
-                continue
-            ids = np.flatnonzero(rows[:, 4] == action)
-            ids = ids[np.argsort(rows[ids, 5])[::-1]]  # ties as in the official evaluator
-            right = np.zeros(len(ids), dtype=bool)
-            for i, row in enumerate(ids):
-                if best is not None and overlap[row, best[row]] >= 0.5 and best[row] not in matched:
-                    right[i] = True
-                    matched.add(best[row])
-            found[action].append((rows[ids, 5], right))
-    true_actions = np.concatenate([[], *(rows[:, 4] for rows in truth.values())])
+    truth = split_actions(truth)
+    detections = split_actions(detections)
     per_class = {}
     for action, name in actions.items():
-        scores, right = (np.concatenate(part) for part in zip(*found[action] or [((), ())]))
-        per_class[name] = average_precision(scores, right, (true_actions == action).sum())
-        text = "no labels" if per_class[name] is None else f"{per_class[name]:9.6f}"
-        print(f"{text}  {name}")
+        people = truth.get(action, {})
+        scores = [[]]  # of each keyframe
+        right = [[]]
+        for key, rows in detections.get(action, {}).items():
+            rows = rows[np.argsort(rows[:, 5])[::-1]]  # ties as in the official evaluator
+            scores.append(rows[:, 5])
+            right.append(are_right(rows, people.get(key, ())))
+        positives = sum(map(len, people.values()))
+        ap = average_precision(np.concatenate(scores), np.concatenate(right), positives)
+        per_class[name] = ap
+        print("no labels" if ap is None else f"{ap:7.2f} %", name, sep="  ")
     values = [ap for ap in per_class.values() if ap is not None]
     if not values:
         raise InputError(f"the ground truth has none of the {len(actions)} actions of the list")
-    print(f"mAP@0.5IOU: {sum(values) / len(values):.6f}")
+    print(f"mAP@0.5IOU: {sum(values) / len(values):.4f} %")
     return {"mAP": sum(values) / len(values), "per_class": per_class}
 
 
+def split_actions(boxes):
+    """{(video, second): rows} -> {action: {(video, second): rows}}."""
+    split = {}
+    for key, rows in boxes.items():
+        for action in np.unique(rows[:, 4]):
+            split.setdefault(action, {})[key] = rows[rows[:, 4] == action]
+    return split
+
+
+def are_right(rows, people):
+    """Which detections of an action at a keyframe, in order of falling score, are right.
+
+    A detection is if the true box it overlaps most has IoU >= 0.5 and is not taken yet.
+    """
+    right = np.zeros(len(rows), dtype=bool)
+    if len(people):
+        overlap = box_iou(torch.from_numpy(rows[:, :4]), torch.from_numpy(people[:, :4])).numpy()
+        hits = np.flatnonzero(overlap.max(1) >= 0.5)
+        _, first = np.unique(overlap[hits].argmax(1), return_index=True)
+        right[hits[first]] = True
+    return right
+
+
 def average_precision(scores, right, positives):
-    """Area under monotonic precision over recall (PASCAL VOC 2010); None without positives."""
+    """Area under monotonic precision over recall, in % (PASCAL VOC 2010); None if no positives."""
     if positives == 0:
         return None
     found = right[np.argsort(scores)[::-1]].cumsum()
     recall = np.concatenate([[0], found / positives, [1]])
     precision = np.concatenate([[0], found / np.arange(1, len(found) + 1), [0]])
     precision = np.maximum.accumulate(precision[::-1])[::-1]
-    return float(((recall[1:] - recall[:-1]) * precision[1:]).sum())
+    return float(100 * ((recall[1:] - recall[:-1]) * precision[1:]).sum())
 
 
-def draw(keyframes, scores, args, out):
+# ------------------------------------------------------------------------------------------ test
+
+
+def detect(detector, keyframes, args, actions):
+    """Score the boxes of keyframes and write them to detections.csv, in AVA's format.
+
+    Returns {index: (K, 80)}, and {index: reason} of unreadable keyframes.
+    """
+    device = detector.cls_token.device
+    detector.eval()
+
+    @torch.no_grad()
+    def scores_of(sample):
+        with autocast(args, device):
+            logits = detector(sample["video"], [sample["boxes"].to(device)])
+        return logits.float().sigmoid().cpu()  # each action has its own score
+
+    clips = KeyframeTestDataset(keyframes, args, detector.patch_size)
+    scores, failures = run_test(clips, device, scores_of)
+    if rank() == 0:
+        with (
+            writing(Path(args.output_dir, "detections.csv")) as beside,
+            open(beside, "w", newline="") as file,
+        ):
+            rows = csv.writer(file)
+            for index, values in scores.items():
+                video, second = keyframes.keys[index]
+                second = f"{int(second):04d}" if second == int(second) else f"{second:.10g}"
+                for box, value in zip(keyframes.boxes(index)[0], values.tolist()):
+                    box = [f"{x:.6g}" for x in box]
+                    for action in actions:
+                        rows.writerow([video, second, *box, action, f"{value[action - 1]:.6f}"])
+    return scores, failures
+
+
+def test(detector, keyframes, args, truth, actions):
+    """Detect at all keyframes and score; writes detections.csv, results.json and pictures/."""
+    scores, failures = detect(detector, keyframes, args, actions)
+    if rank() == 0:
+        out = Path(args.output_dir)
+        results = score(truth, read_boxes(out / "detections.csv"), actions)
+        boxes = sum(map(len, scores.values()))
+        results |= dict(boxes=boxes, keyframes=len(keyframes), unreadable=len(failures))
+        results |= dict(test_crop=args.test_crop, test_size=args.test_size or args.img_size)
+        results |= dict(init=args.init)
+        write_json(out / "results.json", results)
+        print(f"{boxes} boxes at {len(keyframes)} keyframes, {args.test_crop} crop")
+        shown = list(scores)[:: max(1, len(scores) // 4)][:4]
+        draw(keyframes, {index: scores[index] for index in shown}, actions, out / "pictures")
+    report_failures(args, keyframes, failures)
+
+
+def draw(keyframes, scores, actions, out):
     """Draw the boxes of keyframes and what the model says of them, as PNG files."""
-    out.mkdir(parents=True, exist_ok=True)
     for index, values in scores.items():
         frame = keyframes.frames(index, 1, 0)
-        H, W = data.upright_size(frame[0])
+        H, W = upright_size(frame[0])
         size = 360, round(360 * W / H)
-        picture = data.to_clip(frame, size)[0].permute(2, 0, 1)
+        picture = to_clip(frame, size)[0].permute(2, 0, 1) // 2  # dark: labels can be read
         boxes = torch.from_numpy(keyframes.boxes(index)[0] * (size[::-1] * 2))
-        labels = [caption(value, args.actions) for value in values]
+        labels = [caption(value, actions) for value in values]
         picture = draw_bounding_boxes(picture, boxes, labels, colors="yellow", width=2)
         path = out / "{}_{:g}.png".format(*keyframes.keys[index])
-        write_png(picture, str(path))
+        with writing(path) as beside:
+            beside.write_bytes(encode_png(picture).numpy().tobytes())
         print(f"{path}: boxes with predicted actions")
 
 
@@ -354,52 +655,51 @@ def caption(scores, actions, most=3, least=0.2):
     return ", ".join(f"{name} {value:.2f}" for value, name in shown)
 
 
-def predict(detector, args):
+# ------------------------------------------------------------------------------------ prediction
+
+
+def predict(detector, args, actions):
     """Print and draw what the people in --boxes do in a video, and write detections.csv."""
-    boxes = data.read_boxes(args.boxes)
     video = Path(args.predict).stem
+    boxes = read_boxes(args.boxes, "proposals")
     boxes = {key: rows for key, rows in boxes.items() if key[0] == video}
     if not boxes or not Path(args.predict).exists():
         raise InputError(f"{args.predict}: no such file, or no box of {video} in {args.boxes}")
     keyframes = Keyframes(args.boxes, boxes, {video: args.predict}, video_start=0)
-    scores, failures = detect(detector, keyframes, args)
-    out = Path(args.output_dir)
-    out.mkdir(parents=True, exist_ok=True)
+    scores, failures = detect(detector, keyframes, args, actions)
     for index, values in scores.items():
         for box, value in zip(keyframes.boxes(index)[0], values):
             corners = ",".join(f"{x:.3f}" for x in box)
-            print(f"{keyframes.name(index)}, {corners}: {caption(value, args.actions)}")
-    write_detections(out / "detections.csv", keyframes, scores, args.actions)
-    draw(keyframes, scores, args, out)
+            print(f"{keyframes.name(index)}, {corners}: {caption(value, actions)}")
+    draw(keyframes, scores, actions, Path(args.output_dir))
     if failures:
+        reasons = "\n".join(f"{keyframes.name(i)}: {failures[i]}" for i in failures)
         count = f"{len(failures)} of {len(keyframes)}"
-        raise InputError(f"{args.predict}: {count} seconds cannot be read")
+        raise InputError(f"{args.predict}: {count} seconds cannot be read:\n{reasons}")
 
 
 def main():
     args = parse_args()
+    on_rank0(make_demo, args)
     if args.score:
-        if not args.ground_truth or not args.action_list:
-            raise InputError("--score needs --ground_truth CSV and --action_list PBTXT")
-        truth = data.read_boxes(args.ground_truth, scored=False)
-        actions = data.read_action_list(args.action_list)
-        excluded = data.read_excluded(args.excluded)
-        score(truth, data.read_boxes(args.score), actions, excluded)
+        truth, actions, excluded = read_ground_truth(args)
+        score(truth, read_boxes(args.score, excluded=excluded), actions)
         return None
     if not (args.eval or args.predict):
         return train(args)
     if args.predict and not args.boxes:
         raise InputError("--predict needs --boxes CSV: rows of video,second,x1,y1,x2,y2 in 0..1")
     device = start_process(args)
+    if args.eval:
+        keyframes = on_rank0(read_keyframes, args, "val")
+        truth, actions, _ = on_rank0(read_ground_truth, args)
     detector = load_for_use(Detector(**model_config(args)), args).to(device)
-    if args.predict:
-        if args.action_list:
-            args.actions = data.read_action_list(args.action_list)
-        args.actions = args.actions or {i: f"action {i}" for i in range(1, AVA_CLASSES + 1)}
-        return predict(detector, args)
-    data.locate_data(args, "ava")
-    args.actions = data.read_action_list(data.find_ava(args, "val")["action_list"])
-    test(detector, on_rank0(data.read_keyframes, args, "val"), args)
+    if args.eval:
+        return test(detector, keyframes, args, truth, actions)
+    actions = read_checkpoint(args.init, check=False).get("classes")
+    if not actions and args.action_list:
+        actions = read_action_list(args.action_list)
+    return predict(detector, args, actions or {i: f"action {i}" for i in range(1, AVA_CLASSES + 1)})
 
 
 if __name__ == "__main__":

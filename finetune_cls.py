@@ -12,51 +12,25 @@ paper's ViT-L, pre-trained on Kinetics-400 for 800 epochs, this gives 84.4 % the
 """
 
 import argparse
-import functools
-import json
+import dataclasses
 import math
 from pathlib import Path
 
+import numpy as np
+import model  # noqa: F401, before torch: it sets how torch's threads wait
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torchvision import tv_tensors
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
 
-import data
-from data import Batches, ClipDataset, MultiViewDataset, RandAugment, VideoList
-from model import (
-    PIXEL_MEAN,
-    RANK,
-    RUN_FLAGS,
-    SIZES,
-    STOPPED,
-    WORLD,
-    Classifier,
-    InputError,
-    Run,
-    autocast,
-    compile_blocks,
-    cosine_decay,
-    count_flops,
-    fraction,
-    load_for_use,
-    make_optimizer,
-    make_parser,
-    normalize,
-    on_rank0,
-    parameter_groups,
-    parse_twice,
-    positive_int,
-    print_plan,
-    print_rank0,
-    random_mask,
-    resume,
-    run_main,
-    split_batch,
-    start_from_sines,
-    start_process,
-)
+from data import LAYOUTS, Batches, ClipDataset, MultiViewDataset, VideoList, find_videos, make_demo
+from data import report_failures, run_test, stateless_seed
+from model import PIXEL_MEAN, RUN_FLAGS, SIZES, STOPPED, Classifier, InputError, Run, autocast
+from model import compile_blocks, cosine_decay, count_flops, fraction, load_for_use, make_optimizer
+from model import make_parser, make_plan, normalize, on_rank0, parameter_groups, parse_with_recipe
+from model import positive, positive_int, print_plan, print_rank0, rank, rate, read_checkpoint
+from model import resume, run_main, start_from_sines, start_process, world_size, write_json
 
 KINETICS = dict(  # Table 5b: Kinetics fine-tuning. Keys are flags, comments the table's words
     optimizer="adamw",  # optimizer: AdamW
@@ -77,7 +51,8 @@ KINETICS = dict(  # Table 5b: Kinetics fine-tuning. Keys are flags, comments the
     # Not in the table: crops and flips of the released code, and the views of Table 7.
     crop_scale=[0.08, 1.0],
     hflip=True,
-    views="7x3",  # argparse parses defaults that are strings
+    views=(7, 3),
+    micro_batch={"vit_b": 16, "vit_l": 8, "vit_h": 4},  # videos that a GPU of 80 GB takes at once
 )
 SSV2 = dict(  # Table 6b: SSv2 fine-tuning
     optimizer="sgd",  # optimizer: SGD
@@ -98,7 +73,8 @@ SSV2 = dict(  # Table 6b: SSv2 fine-tuning
     repeat_aug=1,
     crop_scale=[0.08, 1.0],
     hflip=False,
-    views="1x3",
+    views=(1, 3),
+    micro_batch=KINETICS["micro_batch"],
 )
 K600_INTERMEDIATE = KINETICS | dict(  # appendix A: a Kinetics-600 classifier, on Kinetics-400
     lr={"vit_l": 8e-4, "vit_h": 8e-4},
@@ -107,23 +83,23 @@ K600_INTERMEDIATE = KINETICS | dict(  # appendix A: a Kinetics-600 classifier, o
 )
 DEMO = KINETICS | dict(  # vit_demo, minutes on two CPU cores
     lr=4e-3,
-    warmup_epochs=10,
-    epochs=80,
+    warmup_epochs=6,
+    epochs=192,
     repeat_aug=2,
     rand_augment=[0, 0],
     batch_size=16,
+    micro_batch=None,  # all of them
     drop_path=0.1,
     dropout=0.0,
     layer_decay=0.75,
     crop_scale=[0.5, 1.0],
-    views="2x3",
-    img_size=32,
+    views=(2, 3),
+    img_size=48,
     precision="fp32",  # matrices this small are slower in bf16
     sine_positions=True,
 )
 RECIPES = dict(kinetics=KINETICS, ssv2=SSV2, k600_intermediate=K600_INTERMEDIATE, demo=DEMO)
 CLASSES = {"kinetics400": 400, "kinetics600": 600, "kinetics700": 700, "ssv2": 174}
-MICRO_BATCH = {"vit_b": 16, "vit_l": 8, "vit_h": 4}  # videos that fit on a GPU of 80 GB
 MAY_DIFFER = RUN_FLAGS | {"data", "videos", "views", "val_epochs"}  # on resume
 
 
@@ -132,7 +108,7 @@ def recipe_of(args):
         return RECIPES[args.recipe]
     ssv2 = args.dataset == "ssv2"
     if args.model == "vit_demo":
-        return DEMO | dict(segments=True, hflip=False, views="1x3") if ssv2 else DEMO
+        return DEMO | dict(segments=True, hflip=False, views=(1, 3)) if ssv2 else DEMO
     return SSV2 if ssv2 else KINETICS
 
 
@@ -143,7 +119,7 @@ def views(text):
 
 
 def parse_args(argv=None):
-    parser = make_parser(__doc__, data.LAYOUTS)
+    parser = make_parser(__doc__, LAYOUTS)
     switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("fine-tuning").add_argument
     add("--recipe", choices=RECIPES, help="None: by --dataset and --model")
@@ -158,31 +134,34 @@ def parse_args(argv=None):
     )
     add("--segments", action=switch, default=False, help="sample frames by segments, as on SSv2")
     add(
-        "--rand_augment", type=float, nargs=2, metavar=("M", "STD"), help="M of 10; 0 0 disables it"
+        "--rand_augment",
+        type=positive,
+        nargs=2,
+        metavar=("M", "STD"),
+        help="M of 10; 0 0 disables it",
     )
     add("--random_erasing", type=fraction, default=0.0, help="probability; mae_st has 0.25")
-    add("--mixup", type=float, help="alpha; a batch gets MixUp or CutMix; 0 disables it")
-    add("--cutmix", type=float, help="alpha; 0 disables it")
+    add("--mixup", type=positive, help="alpha; a batch gets MixUp or CutMix; 0 disables it")
+    add("--cutmix", type=positive, help="alpha; 0 disables it")
     add("--label_smoothing", type=fraction, help="share of the target spread over all classes")
-    add("--drop_path", type=fraction, help="stochastic depth rate of the last block")
-    add("--dropout", type=fraction, help="before the head")
+    add("--drop_path", type=rate, help="stochastic depth rate of the last block")
+    add("--dropout", type=rate, help="before the head")
     add("--layer_decay", type=fraction, help="layer-wise lr decay; 0 trains the head only")
-    add("--mask_start", type=fraction, default=0.0, help="first mask ratio, of Table 11")
+    add("--mask_start", type=rate, default=0.0, help="first mask ratio, of Table 11")
     add = parser.add_argument_group("test").add_argument
-    add("--val_epochs", type=float, default=0, help="epochs between validations; 0: none")
+    add("--val_epochs", type=positive, default=0, help="epochs between validations; 0: none")
     add("--views", type=views, help="clips x crops per video, such as 7x3")
     add("--eval", action="store_true", help="test the classifier in --init")
     add("--predict", nargs="+", metavar="VIDEO", help="print the most likely classes of videos")
-    parser.set_defaults(class_names=None)
-    return parse_twice(parser, "finetune_cls", "kinetics400", recipe_of, argv)
+    return parse_with_recipe(parser, "finetune_cls", "kinetics400", recipe_of, argv)
 
 
-def model_config(args):
+def model_config(args, num_classes):
     """The keywords of model.Classifier."""
     return SIZES[args.model] | dict(
         img_size=args.img_size,
         num_frames=args.num_frames,
-        num_classes=args.num_classes,
+        num_classes=num_classes,
         drop_path=args.drop_path,
         dropout=args.dropout,
         grad_checkpointing=args.grad_checkpointing,
@@ -193,20 +172,18 @@ def train(args):
     device = start_process(args)
 
     # ---------------------------------------------------------------- data
-    data.locate_data(args, "kinetics")
+    on_rank0(make_demo, args)
     if Path(args.data).is_file():
         raise InputError(f"{args.data}: a single list; give the folder with train and val lists")
     classes = args.num_classes or CLASSES.get(args.dataset)
-    videos = on_rank0(data.find_videos, args.data, "train", args.videos, classes)
-    args.num_classes = videos.num_classes
-    args.class_names = videos.class_names
-    classes = args.class_names or args.num_classes
-    held_out = on_rank0(data.find_videos, args.data, "val", args.videos, classes)
-    steps, micro_steps = split_batch(args, len(videos), device, MICRO_BATCH)
+    videos = on_rank0(find_videos, args, "train", classes)
+    classes = videos.class_names or videos.num_classes
+    held_out = on_rank0(find_videos, args, "val", classes)
+    plan = make_plan(args, len(videos), args.repeat_aug)
 
     # --------------------------------------------------------------- model
     torch.manual_seed(args.seed)
-    config = model_config(args)
+    config = model_config(args, videos.num_classes)
     classifier = Classifier(**config)
     if args.sine_positions:
         start_from_sines(classifier)
@@ -215,65 +192,120 @@ def train(args):
     classifier.to(device).train()
     if args.compile:
         compile_blocks(classifier)
-    ddp = DistributedDataParallel(classifier, broadcast_buffers=False) if WORLD > 1 else classifier
+    ddp = classifier
+    if world_size() > 1:
+        ddp = DistributedDataParallel(classifier, broadcast_buffers=False)
 
     # ------------------------------------------------ optimizer and resume
     groups = parameter_groups(classifier, args.weight_decay, args.layer_decay)
     optimizer = make_optimizer(args, groups)
-    start = resume(args, MAY_DIFFER, classifier, optimizer, videos)
+    start, checkpoint = resume(args, MAY_DIFFER, classifier, optimizer, videos)
     flops = None if args.mask_start else count_flops(Classifier, config)
-    print_plan(args, classifier, videos, steps, flops)
+    print_plan(args, plan, classifier, videos, flops)
+    if plan.micro_batch == 1 and (args.mixup or args.cutmix):
+        print_rank0("warning: one video at once leaves no second one to mix with")
 
     # ---------------------------------------------------------------- loop
-    draw_noise = None
-    if args.mask_start:
-        draw_noise = functools.partial(random_mask, classifier.grid, args.mask_start)
-    if args.micro_batch == 1 and (args.mixup or args.cutmix):
-        print_rank0("warning: --micro_batch 1 leaves no second video to mix with")
-    clips = ClipDataset(videos, args, draw_noise, augmentation(args))
-    batches = Batches(clips, device, start, steps)
-    with Run(args, videos, batches, start, steps, flops) as run:
-        for step in range(start, steps):
-            lr = cosine_decay(run.epoch(step), args.lr, args.warmup_epochs, args.epochs)
+    batches = Batches(ClipDataset(videos, args, augmentation(args)), plan, device, start)
+    with Run(args, plan, videos, batches, start, checkpoint, flops) as run:
+        for step in range(start, plan.steps):
+            lr = cosine_decay(plan.epoch(step), args.lr, args.warmup_epochs, args.epochs)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
-            mask_ratio = mask_ratio_at(step, steps, args.mask_start)
+            mask_ratio = mask_ratio_at(step, plan.steps, args.mask_start)
 
             loss = torch.zeros((), device=device)
-            for micro_step in range(micro_steps):
+            for micro_step in range(plan.micro_steps):
                 batch = next(batches)
-                # Seeds mixing, dropout and drop path. Five numbers: clips are seeded by four.
-                torch.manual_seed(data.stateless_seed(args.seed, step, RANK, micro_step, 0))
-                video, target = mix_clips(normalize(batch["video"]), batch["label"], args)
+                # Seeds mixing, masks and dropout. Five numbers: clips are seeded by four.
+                torch.manual_seed(stateless_seed(args.seed, step, rank(), micro_step, 0))
+                video, target = mix_clips(
+                    batch["video"], batch["label"], config["num_classes"], args
+                )
                 # DDP exchanges gradients at the last micro-batch only.
-                ddp.require_backward_grad_sync = micro_step == micro_steps - 1
+                ddp.require_backward_grad_sync = micro_step == plan.micro_steps - 1
                 with autocast(args, device):
-                    logits = ddp(video, mask_ratio, batch.get("noise"))
-                smoothing = args.label_smoothing
-                micro_loss = F.cross_entropy(logits.float(), target, label_smoothing=smoothing)
-                (micro_loss / micro_steps).backward()
-                loss += micro_loss.detach() / micro_steps
+                    logits = ddp(video, mask_ratio).float()  # (B*R, num_classes)
+                micro_loss = F.cross_entropy(logits, target, label_smoothing=args.label_smoothing)
+                (micro_loss / plan.micro_steps).backward()
+                loss += micro_loss.detach() / plan.micro_steps
             parameters = classifier.parameters()
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad or math.inf)
             optimizer.step()
             optimizer.zero_grad()
 
             run.record(loss, grad_norm)
-            validate = run.every(args.val_epochs)
-            if run.at_log_point() or validate:
+            if run.at_log_point():
                 run.log(lr=lr, mask_ratio=mask_ratio)  # raises if the loss is not finite
-            if validate and not run.stopping:
-                top1 = test(classifier, held_out, args, (1, 1))["top1"]
-                run.write(step=run.done, val_top1=top1)
-                classifier.train()
+                if run.every(args.val_epochs) and not run.stopping:
+                    results, _ = test(classifier, held_out, args, (1, 1))
+                    run.write(step=run.done, val_top1=results["top1"])
+                    classifier.train()
             if run.save_due():
-                run.save(classifier, optimizer, config)
+                run.save(classifier, optimizer, config=config, classes=videos.class_names)
             if run.stopping:
                 break
     if run.was_stopped():
         return STOPPED
-    report(test(classifier, held_out, args, args.views), args)
+    report(*test(classifier, held_out, args, args.views), held_out, args)
     print_rank0(f"next: python finetune_cls.py --predict VIDEO --init {run.out}/checkpoint.pt")
+
+
+# ------------------------------------------------------------------------ augmentation and mixing
+
+
+def warp(clip, degrees=0.0, shear=(0, 0), shift=(0, 0)):
+    """Rotate about the middle, shear about the top left corner, shift by shares of the size."""
+    T, C, H, W = clip.shape
+    center = [0, 0] if any(shear) else None
+    shear = np.degrees(np.arctan(shear)).tolist()
+    shift = [shift[0] * W, shift[1] * H]
+    flat = clip.reshape(T * C, H, W)  # as channels of one picture: one sampling grid for all
+    bilinear = v2.InterpolationMode.BILINEAR
+    return TF.affine(flat, degrees, shift, 1.0, shear, bilinear, 128, center).view(T, C, H, W)
+
+
+RAND_AUGMENT = {  # operations; m, a tenth of the magnitude, is in 0..1, and s is m or -m
+    "AutoContrast": lambda clip, m, s: TF.autocontrast(clip.contiguous()),  # strided: 3 x slower
+    "Equalize": lambda clip, m, s: TF.equalize(clip),
+    "Invert": lambda clip, m, s: TF.invert(clip),
+    "Rotate": lambda clip, m, s: warp(clip, degrees=30 * s),
+    "Posterize": lambda clip, m, s: TF.posterize(clip, 4 - int(4 * m)),  # bits to keep
+    # 256.0, not 256, which would wrap around to 0 as uint8
+    "Solarize": lambda clip, m, s: torch.where(clip >= 256.0 - int(256 * m), ~clip, clip),
+    "SolarizeAdd": lambda clip, m, s: clip + int(110 * m) * (clip < 128).byte(),
+    "Color": lambda clip, m, s: TF.adjust_saturation(clip, 1 + 0.9 * s),
+    "Contrast": lambda clip, m, s: TF.adjust_contrast(clip, 1 + 0.9 * s),
+    "Brightness": lambda clip, m, s: TF.adjust_brightness(clip, 1 + 0.9 * s),
+    "Sharpness": lambda clip, m, s: TF.adjust_sharpness(clip, 1 + 0.9 * s),
+    "ShearX": lambda clip, m, s: warp(clip, shear=(0.3 * s, 0)),
+    "ShearY": lambda clip, m, s: warp(clip, shear=(0, 0.3 * s)),
+    "TranslateX": lambda clip, m, s: warp(clip, shift=(0.45 * s, 0)),
+    "TranslateY": lambda clip, m, s: warp(clip, shift=(0, 0.45 * s)),
+}
+
+
+@dataclasses.dataclass
+class RandAugment:
+    """RandAugment as timm has it (rand-m9-mstd0.5-inc1), for clips: uint8 (T, 3, H, W) -> the same.
+
+    Two operations, drawn with replacement, are each applied with probability 0.5, to all frames
+    alike. Each has a magnitude of its own from normal(magnitude, deviation), clipped to 0..10.
+    Draws come from torch's global generator.
+    """
+
+    magnitude: float
+    deviation: float
+
+    def __call__(self, clip):
+        operations = list(RAND_AUGMENT.values())
+        for index in torch.randint(len(operations), (2,)):
+            apply, sign = torch.rand(2) < 0.5
+            m = self.magnitude + self.deviation * torch.randn(()).item()
+            m = min(max(m, 0), 10) / 10
+            if apply:
+                clip = operations[index](clip, m, m if sign else -m)
+        return clip
 
 
 def augmentation(args):
@@ -288,19 +320,20 @@ def mask_ratio_at(step, steps, start):
     return start * 0.5 * (1 + math.cos(math.pi * step / max(1, steps - 1)))
 
 
-def mix_clips(video, label, args):
+def mix_clips(video, label, num_classes, args):
     """MixUp or CutMix of whole clips, chosen at random; also turns labels into soft targets.
 
-    (B, 3, T, H, W) floats, (B,) -> mixed clips, (B, num_classes).
+    uint8 (B*R, 3, T, H, W), (B*R,) -> mixed and normalised clips, (B*R, num_classes).
     """
-    kinds = [(v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)]
-    kinds = [(kind, alpha) for kind, alpha in kinds if alpha]
+    kinds = (v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)
+    kinds = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha]
     if not kinds or len(video) == args.repeat_aug:
-        return video, F.one_hot(label, args.num_classes).float()
-    kind, alpha = kinds[torch.randint(len(kinds), ())]
-    frames = tv_tensors.Video(video.transpose(1, 2))  # torchvision's order: (B, T, 3, H, W)
-    frames, target = kind(alpha=alpha, num_classes=args.num_classes)(frames, label)
-    return frames.as_subclass(torch.Tensor).transpose(1, 2), target
+        return normalize(video), F.one_hot(label, num_classes).float()
+    # Neighbours are mixed: clips of different videos, not two of the same.
+    order = torch.arange(len(video), device=video.device).view(-1, args.repeat_aug).T.flatten()
+    pictures = normalize(video[order]).flatten(1, 2)  # (B*R, 3*T, H, W)
+    pictures, target = v2.RandomChoice(kinds)(pictures, label[order])
+    return pictures.unflatten(1, (3, -1)), target
 
 
 # ------------------------------------------------------------------------------------------ test
@@ -316,39 +349,38 @@ def predict(classifier, videos, args, views, most=32):
 
     @torch.no_grad()
     def average_views(sample):
-        total, video = 0, sample["video"].permute(0, 4, 1, 2, 3)  # (views, 3, T, H, W)
-        for clips in video.split(most):
+        total = 0
+        for clips in sample["video"].split(most):  # (views, 3, T, H, W)
             with autocast(args, device):
-                logits = classifier(clips.to(device))
+                logits = classifier(clips)
             total = total + logits.float().softmax(1).sum(0)
-        return (total / len(video)).cpu()
+        return (total / len(sample["video"])).cpu()
 
-    return data.run_test(MultiViewDataset(videos, args, views), average_views)
+    return run_test(MultiViewDataset(videos, args, views), device, average_views)
 
 
 def test(classifier, videos, args, views):
-    """Multi-view test: top-1 and top-5 in %, as a dict. An unreadable video counts as wrong."""
+    """Multi-view test: top-1 and top-5 in %, as a dict, and {index: reason} of unreadable videos.
+
+    An unreadable video counts as wrong.
+    """
     scores, failures = predict(classifier, videos, args, views)
-    for index, reason in failures.items():
-        print_rank0(f"unreadable, counted as wrong: {videos.path(index)}: {reason}")
     ranks = []  # of the true class among the scores
     for index, values in scores.items():
         order = values.argsort(descending=True, stable=True).tolist()
         ranks.append(order.index(videos.labels[index]))
-    top1, top5 = (100 * sum(rank < k for rank in ranks) / len(videos) for k in (1, 5))
-    return dict(top1=top1, top5=top5, videos=len(videos), unreadable=len(failures))
+    top1, top5 = (100 * sum(place < k for place in ranks) / len(videos) for k in (1, 5))
+    return dict(top1=top1, top5=top5, videos=len(videos), unreadable=len(failures)), failures
 
 
-def report(results, args):
+def report(results, failures, videos, args):
     """Print the results of a test with --views, and write them to results.json."""
     results |= dict(views="{}x{}".format(*args.views), init=args.init)
-    top5 = f", top-5 {results['top5']:.2f} %" if args.num_classes > 5 else ""
-    count = f"{results['videos']} videos x {results['views']}"
-    print_rank0(f"top-1 {results['top1']:.2f} %{top5}, {count}")
-    if RANK == 0:
-        path = Path(args.output_dir, "results.json")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=1))
+    top5 = f", top-5 {results['top5']:.2f} %" if videos.num_classes > 5 else ""
+    print_rank0(f"top-1 {results['top1']:.2f} %{top5}, {len(videos)} videos x {results['views']}")
+    if rank() == 0:
+        write_json(f"{args.output_dir}/results.json", results)
+    report_failures(args, videos, failures)
 
 
 def main():
@@ -356,21 +388,23 @@ def main():
     if not (args.eval or args.predict):
         return train(args)
     device = start_process(args)
-    args.num_classes = args.num_classes or CLASSES.get(args.dataset)
-    if not args.num_classes:
+    saved = read_checkpoint(args.init, check=False)
+    names = saved.get("classes")
+    num_classes = saved.get("config", {}).get("num_classes")
+    num_classes = num_classes or args.num_classes or CLASSES.get(args.dataset)
+    if not num_classes:
         raise InputError("--num_classes is needed: how many classes does the checkpoint have?")
-    classifier = load_for_use(Classifier(**model_config(args)), args).to(device)
-    classes = args.class_names or args.num_classes
+    classifier = load_for_use(Classifier(**model_config(args, num_classes)), args).to(device)
     if args.eval:
-        data.locate_data(args, "kinetics")
-        videos = on_rank0(data.find_videos, args.data, "val", args.videos, classes)
-        return report(test(classifier, videos, args, args.views), args)
+        on_rank0(make_demo, args)
+        videos = on_rank0(find_videos, args, "val", names or num_classes)
+        return report(*test(classifier, videos, args, args.views), videos, args)
     videos = VideoList("--predict", ".", args.predict)
     scores, failures = predict(classifier, videos, args, args.views)
     for index, values in scores.items():
         print(f"{args.predict[index]}:")
         for score, i in zip(*values.topk(min(5, len(values)))):
-            print(f"  {score:6.1%}  {args.class_names[i] if args.class_names else f'class {i}'}")
+            print(f"  {score:6.1%}  {names[i] if names else f'class {i}'}")
     if failures:
         reasons = "\n".join(f"{args.predict[i]} {failures[i]}" for i in failures)
         raise InputError(f"{len(failures)} of {len(videos)} videos cannot be read: {reasons}")

@@ -11,52 +11,23 @@ the paper, 800 epochs of ViT-L on Kinetics-400 give 84.4 % after fine-tuning (Ta
 """
 
 import argparse
-import functools
 import math
 from fractions import Fraction
 from pathlib import Path
 
+import model  # noqa: F401, before torch: it sets how torch's threads wait
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.io import write_png
+from torchvision.io import encode_png
 from torchvision.utils import make_grid
 
-import data
-from data import Batches, ClipDataset, MultiViewDataset, VideoList, find_videos
-from model import (
-    MAE,
-    MASK_TYPES,
-    PIXEL_MEAN,
-    PIXEL_STD,
-    RANK,
-    RUN_FLAGS,
-    SIZES,
-    STOPPED,
-    WORLD,
-    InputError,
-    Run,
-    autocast,
-    compile_blocks,
-    cosine_decay,
-    count_flops,
-    fraction,
-    load_for_use,
-    make_optimizer,
-    make_parser,
-    normalize,
-    num_visible,
-    on_rank0,
-    parameter_groups,
-    parse_twice,
-    positive_int,
-    print_plan,
-    resume,
-    run_main,
-    split_batch,
-    start_from_sines,
-    start_process,
-    unpatchify,
-)
+from data import FPS, LAYOUTS, Batches, ClipDataset, MultiViewDataset, VideoList, find_videos
+from data import make_demo, model_order, stateless_seed, write_video
+from model import MAE, MASK_TYPES, PIXEL_MEAN, PIXEL_STD, RUN_FLAGS, SIZES, STOPPED, InputError, Run
+from model import autocast, compile_blocks, cosine_decay, count_flops, fraction, load_for_use
+from model import make_optimizer, make_parser, make_plan, normalize, on_rank0, parameter_groups
+from model import parse_with_recipe, positive_int, print_plan, rank, rate, resume, run_main
+from model import start_from_sines, start_process, unpatchify, world_size, writing
 
 KINETICS = dict(  # Table 5a: Kinetics pre-training. Keys are flags, comments the table's words
     optimizer="adamw",  # optimizer: AdamW
@@ -70,23 +41,27 @@ KINETICS = dict(  # Table 5a: Kinetics pre-training. Keys are flags, comments th
     crop_scale=[0.5, 1.0],  # crop [0.5, 1]
     batch_size=512,  # batch size
     clip_grad=0.02,  # gradient clipping
+    # Not in the table: videos that a GPU of 80 GB takes at once.
+    micro_batch={"vit_b": 32, "vit_l": 16, "vit_h": 8},
 )
 SSV2 = dict(hflip=False, segments=True)  # overrides, as in fine-tuning: left is not right
 DEMO = KINETICS | dict(  # vit_demo, minutes on two CPU cores: many small steps of different videos
-    lr=2e-3,
-    warmup_epochs=4,
-    epochs=32,
+    lr=3e-3,
+    warmup_epochs=2,
+    epochs=28,
     repeat_aug=1,  # clips of such short videos are much alike, and opening one costs little
+    crop_scale=[0.8, 1.0],  # of things this simple, sizes that differ more teach slowly
     batch_size=32,
+    micro_batch=None,  # all of them
     clip_grad=1.0,
-    img_size=32,
+    img_size=48,
     precision="fp32",  # matrices this small are slower in bf16
     sine_positions=True,  # with random ones its loss sits on a plateau for most of these minutes
     norm_pix_loss=False,  # else a plain patch loses its mean, nearly all it has
     decoder_embed_dim=64,
     decoder_depth=1,
+    decoder_num_heads=4,  # with one, it takes far longer to tell shapes apart
 )
-MICRO_BATCH = {"vit_b": 32, "vit_l": 16, "vit_h": 8}  # videos that fit on a GPU of 80 GB
 MAY_DIFFER = RUN_FLAGS | {"data", "videos"}  # on resume
 
 
@@ -96,10 +71,10 @@ def recipe_of(args):
 
 
 def parse_args(argv=None):
-    parser = make_parser(__doc__, data.LAYOUTS)
+    parser = make_parser(__doc__, LAYOUTS)
     switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("pre-training").add_argument
-    add("--mask_ratio", type=float, default=0.9, help="share of tokens to hide")
+    add("--mask_ratio", type=rate, default=0.9, help="share of tokens to hide")
     help = "Figure 4: agnostic = random, space-only = tube, time-only = frame, block-wise"
     add("--mask_type", choices=MASK_TYPES, default="agnostic", help=help)
     add("--repeat_aug", type=positive_int, help="clips per opened video")
@@ -117,7 +92,7 @@ def parse_args(argv=None):
     add("--decoder_depth", type=int, default=4, help="Table 12c: 1, 2, 4 or 8 blocks")
     add("--decoder_num_heads", type=int, help="None: 64 wide each")
     add("--visualize", nargs="+", metavar="VIDEO", help="draw reconstructions of videos")
-    return parse_twice(parser, "mae_pretrain", "kinetics400", recipe_of, argv)
+    return parse_with_recipe(parser, "mae_pretrain", "kinetics400", recipe_of, argv)
 
 
 def model_config(args):
@@ -139,49 +114,48 @@ def train(args):
     device = start_process(args)
 
     # ---------------------------------------------------------------- data
-    data.locate_data(args, "unlabelled")
-    videos = on_rank0(find_videos, args.data, "train", args.videos)
-    steps, micro_steps = split_batch(args, len(videos), device, MICRO_BATCH)
+    on_rank0(make_demo, args)
+    videos = on_rank0(find_videos, args, "train")
+    plan = make_plan(args, len(videos), args.repeat_aug)
 
     # --------------------------------------------------------------- model
     torch.manual_seed(args.seed)
     config = model_config(args)
     mae = MAE(**config)
-    num_visible(mae.grid, args.mask_ratio, args.mask_type)  # raises if the ratio is wrong
     if args.sine_positions:
         start_from_sines(mae)
     mae.to(device)
     if args.compile:
         compile_blocks(mae)
-    ddp = DistributedDataParallel(mae, broadcast_buffers=False) if WORLD > 1 else mae
+    ddp = DistributedDataParallel(mae, broadcast_buffers=False) if world_size() > 1 else mae
 
     # ------------------------------------------------ optimizer and resume
     groups = parameter_groups(mae, args.weight_decay, decay_positions=True)
     optimizer = make_optimizer(args, groups)
-    start = resume(args, MAY_DIFFER, mae, optimizer, videos)
-    noise = torch.empty(1, math.prod(mae.grid), device="meta")
-    flops = count_flops(MAE, config, args.mask_ratio, noise)
-    print_plan(args, mae, videos, steps, flops)
+    start, checkpoint = resume(args, MAY_DIFFER, mae, optimizer, videos)
+    noise = MASK_TYPES[args.mask_type](mae.grid, args.mask_ratio)[None].to("meta")
+    flops = count_flops(MAE, config, args.mask_ratio, noise)  # raises if no token is left
+    print_plan(args, plan, mae, videos, flops)
 
     # ---------------------------------------------------------------- loop
-    draw_noise = functools.partial(MASK_TYPES[args.mask_type], mae.grid, args.mask_ratio)
-    clips = ClipDataset(videos, args, draw_noise)
-    batches = Batches(clips, device, start, steps)
-    with Run(args, videos, batches, start, steps, flops) as run:
-        for step in range(start, steps):
-            lr = cosine_decay(run.epoch(step), args.lr, args.warmup_epochs, args.epochs)
+    batches = Batches(ClipDataset(videos, args), plan, device, start)
+    with Run(args, plan, videos, batches, start, checkpoint, flops) as run:
+        for step in range(start, plan.steps):
+            lr = cosine_decay(plan.epoch(step), args.lr, args.warmup_epochs, args.epochs)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
 
             loss = torch.zeros((), device=device)
-            for micro_step in range(micro_steps):
+            for micro_step in range(plan.micro_steps):
                 batch = next(batches)
+                # Seeds the masks. Five numbers: clips are seeded by four.
+                torch.manual_seed(stateless_seed(args.seed, step, rank(), micro_step, 0))
                 # DDP exchanges gradients at the last micro-batch only.
-                ddp.require_backward_grad_sync = micro_step == micro_steps - 1
+                ddp.require_backward_grad_sync = micro_step == plan.micro_steps - 1
                 with autocast(args, device):
-                    micro_loss, _, _ = ddp(batch["video"], args.mask_ratio, batch["noise"])
-                (micro_loss / micro_steps).backward()
-                loss += micro_loss.detach() / micro_steps
+                    micro_loss, _, _ = ddp(batch["video"], args.mask_ratio)
+                (micro_loss / plan.micro_steps).backward()
+                loss += micro_loss.detach() / plan.micro_steps
             grad_norm = torch.nn.utils.clip_grad_norm_(mae.parameters(), args.clip_grad or math.inf)
             optimizer.step()
             optimizer.zero_grad()
@@ -190,16 +164,16 @@ def train(args):
             if run.at_log_point():
                 run.log(lr=lr)  # raises if the loss is not finite
             if run.save_due():
-                run.save(mae, optimizer, config)
+                run.save(mae, optimizer, config=config)
             if run.stopping:
                 break
     if run.was_stopped():
         return STOPPED
 
     # -------------------------------------------------------------- figure
-    if RANK == 0:
+    if rank() == 0:
         try:
-            videos = find_videos(args.data, "val", args.videos)
+            videos = find_videos(args, "val")
         except InputError as error:
             print(f"drawing training videos instead: {str(error).splitlines()[0]}")
         paths = [videos.path(i * len(videos) // 4) for i in range(min(4, len(videos)))]
@@ -211,33 +185,34 @@ def train(args):
 
 
 @torch.no_grad()
-def reconstruct(mae, clip, mask_ratio):
-    """Original, masked input and reconstruction: uint8 (T, H, W, 3) -> (3, T', 3, H', W').
+def reconstruct(mae, video, mask_ratio):
+    """Original, masked input and reconstruction: uint8 (1, 3, T, H, W) -> (3, T', 3, H', W').
 
-    T' counts the predicted frames. Visible patches are shown as they are. Normalised predictions
-    are scaled back with the mean and deviation of the true patch.
+    T' counts the predicted frames. Visible patches are shown as they are. A model of normalised
+    patches leaves open how bright they are: its predictions get the mean and deviation of the true
+    patch, and in a fourth row, which owes nothing to hidden pixels, of an average visible one.
     """
-    video = clip.permute(3, 0, 1, 2)[None]  # (1, 3, T, H, W)
     _, pred, mask = mae(video, mask_ratio)
     tubelets, grid = mae.patchify(video)
     truth = normalize(tubelets[..., : pred.shape[-1]])  # (1, N, pred_frames*p*p*3)
+    scales = [(0, 1)]  # (mean, deviation)
     if mae.norm_pix_loss:
-        var, mean = torch.var_mean(truth, dim=-1, keepdim=True)
-        pred = pred * (var + 1e-6).sqrt() + mean
+        mean, std = truth.mean(2, keepdim=True), truth.std(2, keepdim=True)  # (1, N, 1)
+        scales = [(mean, std), (mean[mask == 0].mean(), std[mask == 0].mean())]
     hidden = mask[..., None] == 1
-    shown = torch.cat([truth, truth.masked_fill(hidden, 0), torch.where(hidden, pred, truth)])
-    pixels = unpatchify(shown, grid, mae.patch_size) * PIXEL_STD + PIXEL_MEAN
+    rows = [torch.where(hidden, pred * std + mean, truth) for mean, std in scales]
+    rows = torch.cat([truth, truth.masked_fill(hidden, 0), *rows])
+    pixels = unpatchify(rows, grid, mae.patch_size) * PIXEL_STD + PIXEL_MEAN
     return (255 * pixels).round().clamp(0, 255).byte().transpose(1, 2).cpu()
 
 
 def visualize(mae, paths, out, args, device):
     """Draw the middle of each video to `out`: a PNG laid out as Figure 2, and an animation.
 
-    Rows, or columns of the animation: original, masked input, reconstruction. Returns how many
-    videos are unreadable.
+    Rows, or columns of the animation, are those of reconstruct. Returns how many videos are
+    unreadable.
     """
     mae.eval()
-    out.mkdir(parents=True, exist_ok=True)
     views = MultiViewDataset(VideoList("--visualize", ".", paths), args, (1, 1))
     failed = 0
     for i, path in enumerate(paths):
@@ -246,18 +221,21 @@ def visualize(mae, paths, out, args, device):
             print(f"skipped {path}: {sample['failure']}")
             failed += 1
             continue
-        torch.manual_seed(data.stateless_seed(args.seed, i))  # of the mask
-        pictures = reconstruct(mae, sample["video"][0].to(device), args.mask_ratio)
-        zoom = max(1, 96 // args.img_size)
+        torch.manual_seed(stateless_seed(args.seed, i))  # of the mask
+        pictures = reconstruct(mae, model_order(sample["video"]).to(device), args.mask_ratio)
+        zoom = max(1, 144 // args.img_size)
         pictures = pictures.repeat_interleave(zoom, 3).repeat_interleave(zoom, 4)
         T = pictures.shape[1]
         name = out / f"{i}_{Path(path).stem}"
         grid = make_grid(pictures.flatten(0, 1), nrow=T, pad_value=255)
-        write_png(grid, f"{name}.png")
-        fps = Fraction(data.FPS * T, max(1, args.sampling_rate) * args.num_frames)
-        data.write_video(f"{name}.mp4", torch.cat(list(pictures), 3).permute(0, 2, 3, 1), fps)
-        hidden = f"{args.mask_ratio:.0%} {args.mask_type}"
-        print(f"{name}.png, .mp4: original, masked ({hidden}), reconstruction")
+        with writing(f"{name}.png") as beside:
+            beside.write_bytes(encode_png(grid).numpy().tobytes())
+        fps = Fraction(FPS * T, max(1, args.sampling_rate) * args.num_frames)
+        write_video(f"{name}.mp4", torch.cat(list(pictures), 3).permute(0, 2, 3, 1), fps)
+        rows = f"original, masked ({args.mask_ratio:.0%} {args.mask_type}), reconstruction"
+        if mae.norm_pix_loss:
+            rows += " as bright as the true patches, and as the visible ones on average"
+        print(f"{name}.png, .mp4: {rows}")
     return failed
 
 

@@ -18,6 +18,9 @@ code, so its files load as they are.
 import argparse
 import contextlib
 import ctypes
+import dataclasses
+import errno
+import fcntl
 import itertools
 import json
 import math
@@ -30,6 +33,9 @@ import time
 import zipfile
 from datetime import timedelta
 from pathlib import Path
+
+# Before torch is loaded: threads that spin while they wait would keep the loaders from the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 import torch.distributed as dist
@@ -44,7 +50,7 @@ SIZES = {  # ViT-B, L and H of the paper, with tubelets of 2 x 16 x 16 pixels; a
     "vit_b": dict(embed_dim=768, depth=12, num_heads=12),
     "vit_l": dict(embed_dim=1024, depth=24, num_heads=16),
     "vit_h": dict(embed_dim=1280, depth=32, num_heads=16),
-    "vit_demo": dict(patch_size=8, embed_dim=128, depth=4, num_heads=2),
+    "vit_demo": dict(patch_size=8, embed_dim=128, depth=4, num_heads=4),
 }
 PIXEL_MEAN, PIXEL_STD = 0.45, 0.225  # of each channel, for pixels in 0..1
 
@@ -98,38 +104,38 @@ def pick_rows(x, ids):
 
 
 def random_mask(grid, mask_ratio):
-    """Agnostic: each token independently of the others."""
-    return torch.rand(math.prod(grid))
+    """Agnostic: each token by itself."""
+    return torch.rand(grid)
 
 
 def tube_mask(grid, mask_ratio):
-    """Space-only: tubes, the same patches in all time steps."""
+    """Space-only: tubes, the same patches at all times."""
     t, h, w = grid
-    return torch.rand(h * w).repeat(t)
+    return torch.rand(1, h, w)
 
 
 def frame_mask(grid, mask_ratio):
-    """Time-only: whole time steps."""
+    """Time-only: all patches of a time step."""
     t, h, w = grid
-    return torch.rand(t).repeat_interleave(h * w)
+    return torch.rand(t, 1, 1)
 
 
 def block_mask(grid, mask_ratio):
     """Block-wise: boxes whose sides are a quarter to just over half of the grid's."""
-    boxes, level = 0, torch.zeros(grid)  # 0 outside the boxes; later boxes are lower
-    while (level == 0).sum() > num_visible(grid, mask_ratio):
+    device = torch.get_default_device()
+    noise = torch.rand(grid, device="cpu")  # 1 and more inside a box; counting waits for a GPU
+    while (noise < 1).sum() > num_visible(grid, mask_ratio):
         box = ()
         for n in grid:
-            size = int(torch.randint(max(1, n // 4), n // 2 + 2, ()))
-            start = int(torch.randint(n - size + 1, ()))
+            size = int(torch.randint(max(1, n // 4), n // 2 + 2, (), device="cpu"))
+            start = int(torch.randint(n - size + 1, (), device="cpu"))
             box += (slice(start, start + size),)
-        boxes += 1
-        level[box] = level[box].clamp(min=100_000 - boxes)
-    return (torch.rand(grid) + level).flatten()  # the excess stays visible in the last box
+        noise[box] += 1
+    return noise.to(device)
 
 
-# Figure 4. A mask function draws a number for each token, (N,), from torch's global generator: the
-# num_visible smallest stay visible.
+# Figure 4. A mask function draws noise for one clip, one number for all tokens that are hidden
+# together: its shape broadcasts to the grid (t, h, w). The tokens with the smallest noise stay.
 MASK_TYPES = {
     "agnostic": random_mask,
     "space-only": tube_mask,
@@ -138,20 +144,35 @@ MASK_TYPES = {
 }
 
 
-def num_visible(grid, mask_ratio, mask_type="agnostic"):
-    """How many tokens stay visible: int(N * (1 - ratio)), in whole tubes or time steps.
+def num_visible(grid, mask_ratio, drawn=None):
+    """How many of the N tokens stay visible: int(N * (1 - ratio)), in whole groups.
 
-    Raises InputError if the ratio is outside [0, 1) or leaves no token.
+    drawn: how many numbers the mask function drew, one for each group of tokens that are hidden
+    together; None: one for each token. Raises InputError if the ratio leaves no token.
     """
-    t, h, w = grid
-    unit = {"space-only": t, "time-only": h * w}.get(mask_type, 1)  # tokens hidden together
-    visible = unit * int(t * h * w // unit * (1 - mask_ratio))
-    if not 0 < visible <= t * h * w:
+    N = math.prod(grid)
+    group = N // (drawn or N)
+    visible = group * int(N // group * (1 - mask_ratio))
+    if not 0 < visible <= N:
         raise InputError(
-            f"--mask_ratio {mask_ratio} of {t} x {h} x {w} tokens, {mask_type}: "
-            f"use a ratio from 0 to {1 - unit / (t * h * w):.4g}"
+            f"a mask ratio of {mask_ratio} leaves {visible} of {N} tokens visible, {group} at a "
+            f"time; use a ratio from 0 to {1 - group / N:.4g}"
         )
     return visible
+
+
+def random_masking(noise, grid, mask_ratio):
+    """The ids of visible and of hidden tokens, by rising noise: (B, V) and (B, N - V).
+
+    noise: (B, N), or a mask function's for each clip, such as (B, 1, h, w).
+    """
+    keep = num_visible(grid, mask_ratio, noise[0].numel())
+    if noise.ndim > 2:
+        # Ranks differ where two random numbers happen to be equal: groups stay whole.
+        rank = noise.flatten(1).argsort(1).argsort(1).view_as(noise)
+        noise = rank.expand(-1, *grid).flatten(1)  # (B, N)
+    order = noise.argsort(dim=1, stable=True)
+    return order[:, :keep], order[:, keep:]
 
 
 # --------------------------------------------------------------------------------------- encoder
@@ -291,7 +312,7 @@ class VideoViT(nn.Module):
         if min(self.grid) == 0:
             raise InputError(
                 f"clips of {num_frames} x {img_size} x {img_size} are smaller than a tubelet of "
-                f"{t_patch_size} x {patch_size} x {patch_size}; see --num_frames and --img_size"
+                f"{t_patch_size} x {patch_size} x {patch_size}"
             )
         self.patch_embed = TubeletEmbed(patch_size, t_patch_size, embed_dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
@@ -353,7 +374,7 @@ class VideoViT(nn.Module):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name.startswith(("norm.", "head.")))
         for block in self.blocks:
-            block.drop_path = nn.Identity()  # features that do not change need no noise
+            block.drop_path = nn.Identity()  # it regularises training; these are not trained
 
 
 def sines(n, dim):
@@ -426,24 +447,24 @@ class MAE(VideoViT):
         self.decoder_pred = nn.Linear(dim, self.pred_frames * self.patch_size**2 * 3)
         self.init_weights()
 
-    def forward_decoder(self, latent, order, grid):
+    def forward_decoder(self, latent, visible, hidden, grid):
         """Predict every token from the visible ones: (B, 1 + V, D) -> (B, N, pred_frames*p*p*3).
 
-        order (B, N): the ids of all tokens, visible ones first, as in latent.
+        visible (B, V), hidden (B, N - V): ids of the tokens.
         """
-        x = self.decoder_embed(latent[:, 1:])  # drop the encoder's class token
-        B, V, _ = x.shape
-        mask_tokens = self.mask_token.to(x.dtype).repeat(B, order.shape[1] - V, 1)
-        x = torch.cat([x, mask_tokens], 1)
-        x = pick_rows(x, order.argsort(1))  # argsort inverts it: back in grid order, (B, N, C)
-        x = torch.cat([self.decoder_cls_token[0].to(x.dtype).repeat(B, 1, 1), x], 1)
-        x = x + add_positions(
+        x = self.decoder_embed(latent[:, 1:])  # (B, V, C), without the encoder's class token
+        mask_tokens = self.mask_token.to(x.dtype).repeat(*hidden.shape, 1)  # (B, N - V, C)
+        order = torch.cat([visible, hidden], 1)
+        # argsort inverts a permutation: back in the order of the grid
+        x = pick_rows(torch.cat([x, mask_tokens], 1), order.argsort(1))  # (B, N, C)
+        cls_token = self.decoder_cls_token[0].to(x.dtype).repeat(len(x), 1, 1)
+        x = torch.cat([cls_token, x], 1) + add_positions(
             self.decoder_pos_embed_class,
             self.decoder_pos_embed_spatial,
             self.decoder_pos_embed_temporal,
             self.grid,
             grid,
-        )
+        )  # (B, 1 + N, C)
         x = self.forward_blocks(self.decoder_blocks, x, grid)
         return self.decoder_pred(self.decoder_norm(x[:, 1:]))
 
@@ -455,26 +476,27 @@ class MAE(VideoViT):
             target = (target - mean) / (var + 1e-6).sqrt()
         return target
 
+    def forward_loss(self, tubelets, pred, hidden):
+        """Mean squared error on the hidden tokens; 0 if there are none."""
+        target = self.patchify_target(pick_rows(tubelets, hidden))  # (B, N - V, pred_frames*p*p*3)
+        error = pick_rows(pred, hidden).float() - target
+        return error.square().sum() / max(1, error.numel())
+
     def forward(self, video, mask_ratio=0.9, noise=None):
         """video (B, 3, T, H, W), uint8 or normalised floats -> loss, pred, mask.
 
-        noise (B, N), from a mask function: the smallest stay visible; None: drawn here. The loss is
-        the mean squared error on hidden tokens only. pred (B, N, pred_frames*p*p*3); mask (B, N)
-        is 1 at hidden tokens.
+        noise: as in random_masking; None: drawn here, by mask_type. pred (B, N,
+        pred_frames*p*p*3); mask (B, N) is 1 at hidden tokens.
         """
         tubelets, grid = self.patchify(video)  # (B, N, u*p*p*3)
         if noise is None:
-            noise = torch.stack([MASK_TYPES[self.mask_type](grid, mask_ratio) for _ in video])
-            noise = noise.to(video.device)
-        order = noise.argsort(dim=1, stable=True)  # (B, N), the visible first
-        keep = num_visible(grid, mask_ratio, self.mask_type)
-        visible, hidden = order[:, :keep], order[:, keep:]  # (B, V), (B, N - V)
+            with video.device:
+                noise = torch.stack([MASK_TYPES[self.mask_type](grid, mask_ratio) for _ in video])
+        visible, hidden = random_masking(noise, grid, mask_ratio)  # (B, V), (B, N - V)
         latent = self.norm(self.forward_encoder(pick_rows(tubelets, visible), grid, visible))
-        pred = self.forward_decoder(latent, order, grid)  # (B, N, pred_frames*p*p*3)
-        target = self.patchify_target(pick_rows(tubelets, hidden))  # (B, N - V, pred_frames*p*p*3)
-        error = pick_rows(pred, hidden).float() - target
-        loss = error.square().sum() / max(1, error.numel())  # 0 if nothing is hidden
-        mask = torch.ones_like(noise).scatter(1, visible, 0)
+        pred = self.forward_decoder(latent, visible, hidden, grid)  # (B, N, pred_frames*p*p*3)
+        loss = self.forward_loss(tubelets, pred, hidden)
+        mask = torch.ones(tubelets.shape[:2], device=video.device).scatter(1, visible, 0)
         return loss, pred, mask
 
 
@@ -494,13 +516,12 @@ class Classifier(VideoViT):
 
         mask_ratio hides tokens in training (Table 11): those with the smallest noise (B, N) stay.
         """
-        tubelets, grid = self.patchify(video)
+        tubelets, grid = self.patchify(video)  # (B, N, u*p*p*3)
         visible = None
         if mask_ratio:
             noise = torch.rand(tubelets.shape[:2], device=video.device) if noise is None else noise
-            order = noise.argsort(dim=1, stable=True)
-            visible = order[:, : num_visible(grid, mask_ratio)]  # (B, V)
-            tubelets = pick_rows(tubelets, visible)
+            visible, _ = random_masking(noise, grid, mask_ratio)  # (B, V)
+            tubelets = pick_rows(tubelets, visible)  # (B, V, u*p*p*3)
         x = self.forward_encoder(tubelets, grid, visible)  # (B, 1 + V, D)
         return self.head(self.dropout(self.norm(x[:, 1:].mean(1))))
 
@@ -523,36 +544,35 @@ class RelPosAttention(Attention):
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * w - 1, dim // num_heads))
 
     def forward(self, x, grid):
-        """Append q's products with R to q, and one-hot positions of the keys to k.
+        """softmax(q . k / sqrt(C) + q . R_t + q . R_h + q . R_w) v, with C = D / heads.
 
-        Their dot product is then the whole logit: no N x N bias is stored, and flash kernels work.
-        These need q, k and v equally wide, a multiple of 8: hence the zero padding.
+        One dot product gives that sum: to q are appended its products with R at each time, row and
+        column; to k, ones at its own. No N x N bias is stored, and flash kernels work.
         """
-        q, k, v = self.project(x)  # (B, heads, 1 + N, C) with C = D / heads
-        C, (t, h, w) = v.shape[-1], grid
-        place = torch.arange(t * h * w, device=x.device)
-        places = zip((place // (h * w), place // w % h, place % w), grid)
-        # Comparisons, not one_hot, which torch.compile would recompile for each frame size.
-        ones = [at[:, None] == torch.arange(n, device=x.device) for at, n in places]
-        ones = torch.cat(ones, -1).to(k.dtype).expand(*k.shape[:2], -1, -1)  # as products below
-        products = self.relative_logits(q[:, :, 1:], grid)  # (B, heads, N, t + h + w)
-        # Not -n % 8, which torch 2.6 miscompiles for dynamic sizes on a CPU.
-        fill = 7 - (C + t + h + w - 1) % 8
-        q = torch.cat([q * C**-0.5, F.pad(products, (0, fill, 1, 0))], -1)
-        k = torch.cat([k, F.pad(ones, (0, fill, 1, 0))], -1)
-        x = F.scaled_dot_product_attention(q, k, F.pad(v, (0, t + h + w + fill)), scale=1.0)
-        return self.proj(x[..., :C].transpose(1, 2).flatten(2))
-
-    def relative_logits(self, q, grid):
-        """q . R for each time, row, column: (B, heads, N, C) -> (B, heads, N, t + h + w)."""
-        q, logits = q.unflatten(2, grid), []  # (B, heads, t, h, w, C)
+        q, k, v = self.project(x)  # (B, heads, 1 + N, C)
+        C = q.shape[-1]
+        q_grid = q[:, :, 1:].unflatten(2, grid)  # (B, heads, t, h, w, C)
+        products = []
+        ones = []
         for axis, n, table in zip("thw", grid, (self.rel_pos_t, self.rel_pos_h, self.rel_pos_w)):
-            place = torch.arange(n, device=q.device)
-            table = resize_time(table[None], 2 * n - 1)[0]
-            R = table[place[:, None] - place + n - 1]  # (n, n of k, C)
-            product = torch.einsum(f"bnthwc,{axis}kc->bnthwk", q, R.to(q.dtype))
-            logits.append(product.flatten(2, 4))
-        return torch.cat(logits, -1)
+            place = torch.arange(n, device=x.device)
+            R = resize_time(table[None], 2 * n - 1)[0]
+            R = R[place[:, None] - place + n - 1].to(q.dtype)  # (n of q, n of k, C)
+            products.append(torch.einsum(f"bnthwc,{axis}kc->bnthwk", q_grid, R))
+            # A comparison, not one_hot, which torch.compile would recompile for each frame size.
+            own = place.view([n if other == axis else 1 for other in "thw"])[..., None] == place
+            ones.append(own.expand(*grid, n))
+        products = torch.cat(products, -1).flatten(2, 4)  # (B, heads, N, t + h + w)
+        ones = torch.cat(ones, -1).flatten(0, 2).to(k.dtype)  # (N, t + h + w)
+        # Flash kernels need q, k and v equally wide, a multiple of 8: hence the zeros. Not
+        # -n % 8, which torch 2.6 miscompiles for dynamic sizes on a CPU.
+        fill = 7 - (C + sum(grid) - 1) % 8
+        ones = F.pad(ones, (0, fill, 1, 0)).expand(*k.shape[:2], -1, -1)
+        q = torch.cat([q * C**-0.5, F.pad(products, (0, fill, 1, 0))], -1)
+        k = torch.cat([k, ones], -1)
+        v = F.pad(v, (0, sum(grid) + fill))
+        x = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+        return self.proj(x[..., :C].transpose(1, 2).flatten(2))
 
 
 class Detector(VideoViT):
@@ -586,89 +606,114 @@ class Detector(VideoViT):
 
 # --------------------------------------------------------------------------------------- weights
 
-CHECKPOINTS = "checkpoint.pt", "checkpoint_previous.pt"  # a run keeps two: one may be damaged
+
+class DamagedError(InputError):
+    """A file that was read, and is damaged: reading it again will not help."""
 
 
 def read_checkpoint(path, check=True):
-    """Read a checkpoint, or the latest in a run's folder, to the CPU; no code in it can run.
+    """Read a checkpoint, a dict, or the latest in a run's folder, to the CPU; runs no code in it.
 
-    check: verify the file's checksums first, which reads all of it. Raises InputError if the file
-    is missing, damaged or not a checkpoint.
+    check: verify the file's checksums first, which reads all of it. Raises DamagedError if it is
+    damaged or no checkpoint, InputError if it cannot be read, which may pass.
     """
     path = Path(path) / CHECKPOINTS[0] if Path(path).is_dir() else Path(path)
+    if path.suffix == ".safetensors":
+        raise InputError(
+            f"{path}: pip install safetensors, then convert it: "
+            "torch.save(safetensors.torch.load_file(path), 'weights.pt')"
+        )
     try:
         zipped = zipfile.is_zipfile(path)
         if check and zipped and (damaged := zipfile.ZipFile(path).testzip()):
             raise ValueError(f"its {damaged} is damaged")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        return content if isinstance(content, dict) else {}
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
     except Exception as error:  # damage may hit anything: zip, pickle, key, end of file
         reason = str(error).split("\n")[0]
+        # PyTorch reports errors of the system as RuntimeErrors.
+        passing = isinstance(error, (OSError, MemoryError)) or re.search("errno|mmap|alloc", reason)
+        if passing and getattr(error, "errno", None) != errno.EINVAL:  # that is a seek to nowhere
+            raise InputError(f"{path}: cannot be read: {reason or 'no memory'}") from None
         if reason.startswith("Weights only load failed"):
-            reason = (
-                "it holds more than tensors and plain values" if zipped else "not a PyTorch file"
-            )
-        raise InputError(f"{path}: not a readable checkpoint: {reason}") from None
+            reason = "not a PyTorch file of nothing but tensors and plain values"
+        raise DamagedError(f"{path}: not a readable checkpoint: {reason}") from None
 
 
-def to_official_names(state, grid, t_patch_size):
-    """Convert a state dict in any common layout to the names and shapes used in this file.
+def to_official_names(state, model):
+    """Convert a state dict in any common layout to a model's names and sizes.
 
     Handles prefixes of DDP and torch.compile; fused qkv (PySlowFast, image MAE, timm); a 2D patch
     kernel, repeated over time and divided by its length; a joint table of positions, split into
     class, space and time (Table 3: time is 0 for images); fc_norm; PySlowFast's head.projection.
+    Positions are resized.
     """
     out = {}
+    own = model.state_dict()
     of_images = any(k.endswith("proj.weight") and v.ndim == 4 for k, v in state.items())
     for key, value in state.items():
-        key = re.sub(r"^((module|_orig_mod)\.)+", "", key)
+        key = key.replace("_orig_mod.", "").removeprefix("module.")
         key = re.sub("^fc_norm", "norm", key)
         key = key.replace("head.projection.", "head.")
         if ".qkv." in key:
             out |= {key.replace("qkv", name): part for name, part in zip("qkv", value.chunk(3))}
         elif key == "patch_embed.proj.weight" and value.ndim == 4:
-            out[key] = value[:, :, None].repeat(1, 1, t_patch_size, 1, 1) / t_patch_size
+            steps = model.t_patch_size
+            out[key] = value[:, :, None].repeat(1, 1, steps, 1, 1) / steps
         elif key in ("pos_embed", "decoder_pos_embed"):
-            table = value[:, 1:]
-            t = 1
-            if not of_images:
-                # N / t is a square: prefer t = 8, then the model's, then the closest side.
-                sides = {table.shape[1] / n**2: n for n in range(1, 100)}
-                whole = [t for t in sides if t == int(t)]
-                t = int(min(whole, key=lambda t: (t != 8, t != grid[0], abs(sides[t] - grid[1]))))
-            table = table.unflatten(1, (t, -1))  # (1, t, h*w, D)
+            N = value.shape[1] - 1
+            # Videos of other sizes: 8 steps, as 16 frames have.
+            t = 1 if of_images else model.grid[0] if math.prod(model.grid) == N else 8
+            table = value[:, 1:].unflatten(1, (t, -1))  # (1, t, h*w, D)
             out[key + "_class"], out[key + "_spatial"] = value[:, :1], table.mean(1)
-            out[key + "_temporal"] = table.mean(2) - table.mean(1).mean(1)  # exact if separable
+            out[key + "_temporal"] = table.mean(2) - table.mean((1, 2))[:, None]
         else:
             out[key] = value
+    for key in own.keys() & out.keys():
+        value = out[key]
+        if key.endswith("pos_embed_spatial"):
+            side = math.isqrt(value.shape[1])
+            out[key] = resize_space(value, (side, side), model.grid[1:])
+        elif key.endswith("pos_embed_temporal"):
+            out[key] = resize_time(value, model.grid[0])
+        elif ".rel_pos_" in key:
+            out[key] = resize_time(value[None], len(own[key]))[0]
     return out
+
+
+def check_finite(path, state):
+    """Raise InputError if a tensor of a state dict holds NaN, infinity or whole numbers."""
+    for key, value in state.items():
+        if not (value.is_floating_point() and value.float().isfinite().all()):
+            raise InputError(f"{path}: {key} holds values that are not finite floats")
 
 
 def load_pretrained(model, path):
     """Load weights in any layout that to_official_names handles, and print what was loaded.
 
-    Positions are resized. Tensors outside the plain encoder (decoder, head, relative positions) may
-    be missing or have another shape: the model keeps its own. Raises InputError if others are.
-    Returns the names as {"loaded": [...], "left out": [...], "new": [...]}.
+    Tensors outside the plain encoder (decoder, head, relative positions) may be missing or have
+    another shape: the model keeps its own, and their names are returned. Raises InputError if
+    others do not fit, or are not finite.
     """
     state = read_checkpoint(path)
     for key in ("model", "model_state", "state_dict"):
-        state = state.get(key, state) if isinstance(state, dict) else {}
+        state = state[key] if isinstance(state.get(key), dict) else state
     state = {key: value for key, value in state.items() if torch.is_tensor(value)}
     if not state:
         raise InputError(f"{path}: holds no weights; expected a state dict, or one under 'model'")
+    for key, value in state.items():
+        plain = value.layout == torch.strided and not (
+            value.is_quantized or value.is_meta or value.is_nested
+        )
+        if not isinstance(key, str) or not plain or value.is_complex():
+            raise InputError(f"{path}: {key} is not a named, dense tensor of real numbers")
     own = model.state_dict()
-    state = to_official_names(state, model.grid, model.t_patch_size)
-    for key in own.keys() & state.keys():
-        value = state[key]
-        if key.endswith("pos_embed_spatial"):
-            side = math.isqrt(value.shape[1])
-            state[key] = resize_space(value, (side, side), model.grid[1:])
-        elif key.endswith("pos_embed_temporal"):
-            state[key] = resize_time(value, model.grid[0])
-        elif ".rel_pos_" in key:
-            state[key] = resize_time(value[None], len(own[key]))[0]
+    try:
+        state = to_official_names(state, model)
+    except (RuntimeError, IndexError) as error:
+        raise InputError(f"{path}: does not fit this model: {error}") from None
     loaded = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
     new = [key for key in own if key not in loaded]
     optional = re.compile(r"head|decoder|mask_token|blocks\.\d+\.attn\.rel_pos").match
@@ -679,18 +724,19 @@ def load_pretrained(model, path):
                 f"{path}: does not fit this model: {key} is {found}, not {list(own[key].shape)}; "
                 "is --model the size of the checkpoint?"
             )
+    check_finite(path, loaded)
     model.load_state_dict(loaded, strict=False)
-    left_out = [key for key in state if key not in loaded]
-    report = {"loaded": list(loaded), "left out": left_out, "new": new}
-    for name, keys in report.items():
-        groups = ", ".join(sorted({key.split(".")[0] for key in keys}))
-        print_rank0(f"{path}: {len(keys) or 'no'} tensors {name}{': ' * bool(keys)}{groups}")
-    return report
+    text = f"{path}: {len(loaded)} tensors loaded"
+    for name, keys in {"left out": state.keys() - loaded.keys(), "not in it": new}.items():
+        if keys:
+            text += f"; {name}: {', '.join(sorted({key.split('.')[0] for key in keys}))}"
+    print_rank0(text)
+    return new
 
 
 def start_from(model, path):
-    """Load weights to train from; a new head starts near 0, so first steps spare the encoder."""
-    if "head.weight" in load_pretrained(model, path)["new"]:
+    """Load weights to train from. A new head starts near 0, as in mae_st's fine-tuning."""
+    if "head.weight" in load_pretrained(model, path):
         nn.init.trunc_normal_(model.head.weight, std=2e-5)
 
 
@@ -738,9 +784,9 @@ def cosine_decay(epoch, lr, warmup_epochs, epochs):
 
 # ------------------------------------------------------------------------------ training helpers
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
 TIMEOUT = timedelta(minutes=10)  # how long a process waits for the others
 STOPPED = 128 + signal.SIGTERM  # exit status of a run that was asked to stop
+CHECKPOINTS = "checkpoint.pt", "checkpoint_previous.pt"  # a run keeps two: one may be damaged
 RUN_FLAGS = {  # where and how fast to run: free to change on resume, not taken from a checkpoint
     "output_dir", "resume", "num_workers", "micro_batch", "max_failures", "log_interval",
     "save_minutes", "keep_epochs", "device", "compile", "grad_checkpointing",
@@ -748,26 +794,30 @@ RUN_FLAGS = {  # where and how fast to run: free to change on resume, not taken 
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows each flag's default, and the docstring verbatim."""
+    """Shows the default of each flag that has one, and the docstring verbatim."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
-def bounded(kind, low, high=math.inf):
+def bounded(kind, low, high=1e18):
     """An argparse type: a number from low to high."""
 
     def number(text):
-        if not low <= kind(text) <= high:
-            limit = "" if high == math.inf else f" and at most {high}"
-            raise argparse.ArgumentTypeError(f"must be at least {low}{limit}")
-        return kind(text)
+        value = kind(text)
+        if not low <= value <= high:  # nor is nan
+            raise argparse.ArgumentTypeError(f"must be from {low:g} to {high:g}, not {text}")
+        return value
 
     return number
 
 
-natural, positive_int, fraction = bounded(int, 0), bounded(int, 1), bounded(float, 0, 1)
+natural, positive_int = bounded(int, 0), bounded(int, 1)
+positive, fraction, rate = bounded(float, 0), bounded(float, 0, 1), bounded(float, 0, 0.999)
 
 
 def make_parser(doc, layouts):
-    """A parser with the flags all stages share; parse_twice fills in a recipe's values."""
+    """A parser with the flags that all stages share; parse_with_recipe adds a recipe's values."""
     parser = argparse.ArgumentParser(
         usage="python %(prog)s [flags]",
         description=doc,
@@ -778,91 +828,146 @@ def make_parser(doc, layouts):
     )
     switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("most used").add_argument
-    add("--dataset", help="data set; demo: small videos, made on the spot")
-    add("--data", help="folder or list of videos (layouts below); None: data/DATASET")
-    add("--model", choices=SIZES, help="encoder size")
-    add("--init", metavar="CHECKPOINT", help="checkpoint to start from, to test or to predict with")
-    add("--epochs", type=float, help="effective epochs: how often each video is sampled")
-    add("--output_dir", help="None: runs/STAGE_DATASET_MODEL, or beside --init to test and predict")
+    add("--dataset", help="its name; demo: small videos, made on the spot")
+    add("--data", help="folder or list of videos (layouts below); by default data/DATASET")
+    add("--model", choices=SIZES, help="encoder size; the larger, the better and the slower")
+    add("--init", metavar="CHECKPOINT", help="weights to start from, to test or to predict with")
+    add("--epochs", type=positive, help="effective epochs: how often each video is sampled")
+    add("--output_dir", help="by default runs/STAGE_DATASET_MODEL; to test and predict, by --init")
 
     add = parser.add_argument_group("clips").add_argument
     add("--videos", metavar="FOLDER", help="where the videos are, if not beside their list")
-    add("--num_frames", type=positive_int, default=16, help="frames per clip")
+    add("--num_frames", type=positive_int, default=16, help="frames per clip; 40 is in Table 7")
     add(
         "--sampling_rate",
         type=natural,
         default=4,
-        help="30ths of a second between frames; 0: a still",
+        help="30ths of a second between frames; more: longer clips; 0: a still",
     )
-    add("--img_size", type=positive_int, default=224, help="height and width of a clip in pixels")
-    add("--hflip", action=switch, default=True, help="flip half of the clips")
+    add(
+        "--img_size",
+        type=positive_int,
+        default=224,
+        help="height and width of a clip in pixels; 312 is in Table 7",
+    )
+    add(
+        "--hflip",
+        action=switch,
+        default=True,
+        help="flip half of the clips; not where a label knows left from right",
+    )
 
     add = parser.add_argument_group("recipe").add_argument
-    add("--batch_size", type=positive_int, help="videos per step, over all GPUs")
-    add("--lr", type=float, help="peak learning rate; the recipe's scales with --batch_size")
-    add("--warmup_epochs", type=float, help="effective epochs; the recipe's shrink with --epochs")
-    add("--weight_decay", type=float, help="not applied to biases and norms")
-    add("--clip_grad", type=float, default=0.0, help="max gradient norm; 0 disables clipping")
+    add(
+        "--batch_size",
+        type=positive_int,
+        help="videos per step, over all GPUs; lower it for fewer videos than some 10,000",
+    )
+    add(
+        "--lr",
+        type=positive,
+        help="peak learning rate, scaled with --batch_size by default; lower it if the loss jumps",
+    )
+    add(
+        "--warmup_epochs", type=positive, help="effective epochs; the recipe's shrink with --epochs"
+    )
+    add("--weight_decay", type=positive, help="not applied to biases and norms")
+    add("--clip_grad", type=positive, default=0.0, help="max gradient norm; 0 disables clipping")
+    add(
+        "--sine_positions",
+        action=switch,
+        default=False,
+        help="start positions from sines: a small model learns sooner",
+    )
     add("--seed", type=natural, default=0, help="random seed; the same seed gives the same run")
-    add("--precision", choices=("bf16", "fp32"), help="None: bf16 where the hardware supports it")
+    add(
+        "--precision",
+        choices=("bf16", "fp32"),
+        help="by default bf16 where the hardware has it; fp32 is TF32 on a GPU",
+    )
 
     add = parser.add_argument_group("run").add_argument
     add("--resume", action=switch, default=True, help="resume from the checkpoint in --output_dir")
-    add("--micro_batch", type=positive_int, help="videos a GPU takes at once; gradients accumulate")
+    add(
+        "--micro_batch",
+        type=positive_int,
+        help="most videos a GPU takes at once; lower it if memory is short: gradients accumulate",
+    )
     add(
         "--num_workers",
         type=natural,
-        help="loader processes per GPU; None: its share of the cores",
+        help="loader processes per GPU, by default its share of the cores; 0 loads in the main one",
     )
-    add("--max_failures", type=natural, help="unreadable videos allowed; None: 1 %%, at least 4")
+    add(
+        "--max_failures",
+        type=natural,
+        help="unreadable videos allowed; by default 1 %%, at least 4",
+    )
     add("--log_interval", type=positive_int, default=10, help="steps between lines of log.jsonl")
-    add("--save_minutes", type=float, default=10, help="minutes between checkpoints")
-    add("--keep_epochs", type=float, default=0, help="epochs between checkpoints to keep; 0: none")
-    add("--device", help="cuda, cpu or mps; None: cuda if there is a GPU")
-    add("--compile", action=switch, help="compile each block; None: on a GPU")
-    add("--grad_checkpointing", action=switch, default=False, help="less memory, but slower")
-    parser.set_defaults(sine_positions=False)
+    add("--save_minutes", type=positive, default=10, help="minutes between checkpoints")
+    add(
+        "--keep_epochs",
+        type=positive,
+        default=0,
+        help="keep a checkpoint each so many effective epochs; 0 keeps the latest two alone",
+    )
+    add("--device", help="cuda, cpu or mps; by default cuda if there is a GPU")
+    add("--compile", action=switch, help="compile each block; by default on a GPU")
+    add(
+        "--grad_checkpointing",
+        action=switch,
+        default=False,
+        help="recompute blocks in the backward pass: a third slower, far less memory",
+    )
     return parser
 
 
-def parse_twice(parser, stage, dataset, recipe_of, argv=None):
-    """Parse once to find the defaults, then again with them.
+def parse_with_recipe(parser, stage, dataset, recipe_of, argv=None):
+    """Parse the command line; nothing is written to the arguments afterwards.
 
-    recipe_of(args): the recipe for args.dataset and args.model, a dict keyed by flags. With --eval
-    and the like, a checkpoint's own arguments are the defaults instead.
+    A flag's value comes from the first of these that has one:
+
+    1. the command line;
+    2. to test, predict or visualize: the checkpoint's own arguments, less RUN_FLAGS;
+    3. else the recipe for --dataset and --model, which recipe_of(args) gives: a dict by flag;
+    4. the parser.
     """
-    args, _ = parser.parse_known_args(argv)
-    modes = [mode for mode in ("eval", "predict", "visualize") if vars(args).get(mode)]
-    use = modes[0] if modes else None
+    given, _ = parser.parse_known_args(argv)
+    modes = [mode for mode in ("eval", "predict", "visualize") if vars(given).get(mode)]
     defaults = {}
-    if use and args.init:
-        saved = read_checkpoint(args.init, check=False)
-        if isinstance(saved, dict) and "stage" in dict(saved.get("args") or {}):
-            defaults = saved["args"]
-    if defaults.get("stage", stage) != stage:
-        raise InputError(f"{args.init}: a checkpoint of {defaults['stage']}, not of {stage}")
-    if defaults and (args.dataset or args.data):  # not the data it was trained on
-        del defaults["data"], defaults["videos"]
+    if modes and given.init:
+        saved = read_checkpoint(given.init, check=False)
+        if "stage" in (saved.get("args") or ()):  # it is of this project
+            defaults = {n: v for n, v in saved["args"].items() if n not in RUN_FLAGS | {"init"}}
+        if defaults.get("stage", stage) != stage:
+            raise InputError(f"{given.init}: a checkpoint of {defaults['stage']}, not of {stage}")
+        if given.dataset or given.data:  # not the data it was trained on
+            defaults |= dict(data=None, videos=None) if defaults else {}
     if not defaults:
-        args.dataset = args.dataset or (Path(args.data).stem if args.data else dataset)
-        args.model = args.model or ("vit_demo" if args.dataset == "demo" else "vit_l")
-        defaults = column(recipe_of(args), args.model)
-        defaults |= dict(dataset=args.dataset, model=args.model)
-        if args.batch_size and defaults["lr"]:
-            defaults["lr"] *= args.batch_size / defaults["batch_size"]
-        if args.epochs:
-            defaults["warmup_epochs"] *= min(1, args.epochs / defaults["epochs"])
-    parser.set_defaults(**{n: defaults[n] for n in defaults if n not in RUN_FLAGS | {"init"}})
+        named_by = Path(given.data).resolve().stem if given.data else dataset
+        given.dataset = given.dataset or named_by
+        given.model = given.model or ("vit_demo" if given.dataset == "demo" else "vit_l")
+        defaults = column(recipe_of(given), given.model)
+        defaults |= dict(dataset=given.dataset, model=given.model)
+        if given.batch_size and defaults["lr"]:
+            defaults["lr"] *= given.batch_size / defaults["batch_size"]
+        if given.epochs:
+            defaults["warmup_epochs"] *= min(1, given.epochs / defaults["epochs"])
+    parser.set_defaults(**defaults)
     parser.add_argument("-h", "--help", action="help", help="show this, with the recipe's values")
     args = parser.parse_args(argv)
-    args.stage = stage
-    if not use and args.lr is None:
+    if modes and not args.init:
+        raise InputError(f"--{modes[0]} needs --init CHECKPOINT, from {stage}")
+    if args.lr is None and not modes:
         raise InputError(f"no learning rate for {args.model} in the recipe; give one with --lr")
+    args.stage = stage
+    args.data = args.data or f"data/{args.dataset}" + f"/{stage}" * (args.dataset == "demo")
     if args.output_dir is None:
-        folder = Path(args.init or "")
         args.output_dir = f"runs/{stage}_{args.dataset}_{args.model}"
-        if use and args.init:
-            args.output_dir = str((folder if folder.is_dir() else folder.parent) / use)
+        if modes:
+            folder = Path(args.init)
+            args.output_dir = str((folder if folder.is_dir() else folder.parent) / modes[0])
+    choose_device(args)
     return args
 
 
@@ -873,6 +978,23 @@ def column(recipe, model):
         if isinstance(value, dict):
             values[name] = value.get(model, None if name == "lr" else value["vit_l"])
     return values
+
+
+def choose_device(args):
+    """Fill in --device, --precision and --compile to suit the machine."""
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+    has_bf16 = args.device == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.set_float32_matmul_precision("high")  # TF32 outside autocast
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    args.precision = args.precision or ("bf16" if has_bf16 else "fp32")
+    if args.compile is None:
+        args.compile = args.device == "cuda"
 
 
 def cores():
@@ -892,35 +1014,22 @@ def keep_freed_memory():
 
 
 def start_process(args):
-    """Join the processes that torchrun started, or run alone; returns the device.
-
-    Fills in --precision and --compile to suit the device.
-    """
-    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = re.split(r"\n|\. ", str(error))[0]  # an unknown one lists dozens of backends
-        raise InputError(f"--device {name}: cannot be used here: {reason}") from None
-    has_bf16 = False
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 outside autocast
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
-        keep_freed_memory()
-        has_bf16 = torch.cpu._is_avx512_bf16_supported()
-        if args.model == "vit_demo" and "OMP_NUM_THREADS" not in os.environ:
-            # The other cores decode; threads that share a core slow a step 20-fold.
-            torch.set_num_threads(max(1, cores() // 2))
-    args.precision = args.precision or ("bf16" if has_bf16 else "fp32")
-    if args.compile is None:
-        args.compile = device.type == "cuda"
-    if WORLD > 1 and not dist.is_initialized():
+    """Join the processes that torchrun started, or run alone; returns the device."""
+    device = torch.device(args.device)
+    keep_freed_memory()
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     return device
+
+
+def rank():
+    """This process's number among those that torchrun started; 0 if it runs alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """How many processes torchrun started."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def autocast(args, device):
@@ -930,7 +1039,7 @@ def autocast(args, device):
 
 def print_rank0(text):
     """Print on process 0 alone."""
-    if RANK == 0:
+    if rank() == 0:
         print(text, flush=True)
 
 
@@ -938,7 +1047,7 @@ def gather(value):
     """All processes' values, as a list on each of them; they wait for one another here."""
     if not dist.is_initialized():
         return [value]
-    values = [None] * WORLD
+    values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
 
@@ -946,43 +1055,62 @@ def gather(value):
 def on_rank0(function, *args):
     """Call a function on process 0 alone; all return its result, or raise its error."""
     result = None
-    if RANK == 0:
+    if rank() == 0:
         try:
             result = function(*args)
         except Exception as error:
             result = error
-    result = gather(result)[0]
+    if dist.is_initialized():
+        results = [result]
+        dist.broadcast_object_list(results)
+        result = results[0]
     if isinstance(result, Exception):
         raise result
     return result
 
 
-def split_batch(args, num_videos, device, largest):
-    """Split a global batch, and count the steps: (steps, micro-batches per step).
+def count(n, unit):
+    """A number of things, in words: count(1, "videos") is "1 video"."""
+    return f"{n} {unit[:-1] if n == 1 else unit}"
 
-    Fills in --micro_batch. largest: {model: videos that a GPU has memory for}; a CPU takes one, but
-    any number for vit_demo. Raises InputError with sizes that fit.
+
+@dataclasses.dataclass
+class Plan:
+    """What a run does: how many steps, each of --batch_size videos over all processes."""
+
+    videos: int  # in the list
+    steps: int
+    clips: int  # in a step, over all processes
+    micro_batch: int  # videos that a process takes at once
+    micro_steps: int  # micro-batches of a process in a step
+
+    def epoch(self, step):
+        """The effective epoch after `step` steps: how often each video was sampled."""
+        return step * self.clips / self.videos
+
+
+def make_plan(args, num_videos, repeat_aug, unit="videos"):
+    """Split --batch_size among processes and micro-batches, and count the steps: a Plan.
+
+    --micro_batch is lowered to a divisor. Raises InputError with sizes that fit.
     """
-    share, rest = divmod(args.batch_size, WORLD)
+    world = world_size()
+    share, rest = divmod(args.batch_size, world)
     if rest or args.batch_size > num_videos:
-        fits = max(1, min(args.batch_size, num_videos) // WORLD) * WORLD
-        shared = f"a multiple of the {WORLD} processes and " if WORLD > 1 else ""
+        fits = max(1, min(args.batch_size, num_videos) // world) * world
+        shared = f"a multiple of the {world} processes and " if world > 1 else ""
         raise InputError(
             f"--batch_size {args.batch_size} must be {shared}at most the {num_videos} in the list; "
             f"{fits} would do"
         )
-    most = largest.get(args.model, share)
-    if device.type == "cpu" and args.model in largest:
-        most = 1
-    args.micro_batch = args.micro_batch or math.gcd(share, most)
-    if share % args.micro_batch:
-        fits = [n for n in range(1, share + 1) if share % n == 0]
-        text = f"--micro_batch {args.micro_batch} does not divide {share} videos: {fits} do"
-        raise InputError(text)
-    steps = round(args.epochs / args.repeat_aug * num_videos / args.batch_size)
+    most = min(share, args.micro_batch or share)
+    micro_batch = max(n for n in range(1, most + 1) if share % n == 0)
+    clips = args.batch_size * repeat_aug
+    steps = round(args.epochs * num_videos / clips)
     if steps < 1:
-        raise InputError(f"--epochs {args.epochs:g} of {num_videos} videos are less than one step")
-    return steps, share // args.micro_batch
+        given = f"--epochs {args.epochs:g} of {count(num_videos, unit)}"
+        raise InputError(f"{given} are less than one step")
+    return Plan(num_videos, steps, clips, micro_batch, share // micro_batch)
 
 
 def compile_blocks(model):
@@ -1002,101 +1130,124 @@ def count_flops(model_class, config, *inputs):
     return 3 * counter.get_total_flops()
 
 
-def print_plan(args, model, videos, steps, flops):
+def print_plan(args, plan, model, videos, flops):
     """Print what a run will do, and what looks wrong with it."""
-    if RANK > 0:
+    if rank() > 0:
         return
-    device = model.cls_token.device.type
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    print(f"{args.model}: {millions:.1f} M parameters, {args.precision} on {WORLD} x {device}")
-    print(f"{videos.source}: {len(videos)} {videos.unit}, {args.epochs:g} effective epochs")
-    clips = f"{args.batch_size} {videos.unit} x {args.repeat_aug} clips, {args.micro_batch} at once"
-    print(f"{steps} steps of {clips}; learning rate {args.lr:.3g}, warm-up {args.warmup_epochs:g}")
-    if steps < 500:
+    where = f"{args.precision} on {world_size()} x {args.device.split(':')[0]}"
+    print(f"{args.model}: {millions:.1f} M parameters, {where}")
+    number = count(plan.videos, videos.unit)
+    print(f"{videos.source}: {number}, {args.epochs:g} effective epochs")
+    print(
+        f"{count(plan.steps, 'steps')} of {count(args.batch_size, videos.unit)}, "
+        f"{count(plan.clips, 'clips')}, {count(plan.micro_batch, videos.unit)} at once; "
+        f"learning rate {args.lr:.3g}, warm-up {args.warmup_epochs:g}"
+    )
+    if plan.steps < 500:
         print("warning: so few steps teach little; try more --epochs or a smaller --batch_size")
     if rest := args.img_size % model.patch_size:
         print(f"warning: {rest} of {args.img_size} rows and columns fill no patch and are dropped")
-    if flops and device == "cpu" and args.model != "vit_demo":
-        gflop = flops * args.batch_size * args.repeat_aug / 1e9
-        print(f"warning: a step is {gflop:,.0f} GFLOP, {gflop / 100:,.0f} s at 100 GFLOP/s")
+    seconds = (flops or 0) * plan.clips / 1e11
+    if args.device == "cpu" and seconds > 10:
+        print(f"warning: a step takes {seconds:,.0f} s on a CPU of 100 GFLOP/s")
 
 
 @contextlib.contextmanager
 def writing(path):
-    """Raise InputError with the file's name if a write fails."""
+    """Yield where to write a file: beside its place, to which it is renamed when it is complete.
+
+    Raises InputError with the file's name if that fails; then nothing is left of it.
+    """
+    path = Path(path)
+    beside = path.with_name(f"{path.name}.tmp")
     try:
-        yield
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield beside
+        beside.replace(path)
     except (OSError, RuntimeError) as error:
         while error.__context__:  # torch.save hides the first error behind its own
             error = error.__context__
+        if not isinstance(error, Exception) or "DataLoader worker" in str(error):
+            raise error from None  # Ctrl-C, or a worker that died meanwhile
+        raise InputError(f"{path}: cannot be written: {error}") from None
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path, content):
+    """Write a dict to a file."""
+    with writing(path) as beside:
+        beside.write_text(json.dumps(content, indent=1))
+
+
+def append(path, line):
+    """Append a line to a file. Raises InputError, naming it, if it cannot be written."""
+    try:
+        with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(line + "\n")
+    except OSError as error:
         raise InputError(f"{path}: cannot be written: {error}") from None
 
 
-def save_checkpoint(folder, content):
-    """Write checkpoint.pt and keep the previous one; a kill at any time leaves one intact."""
-    path, previous = (Path(folder) / name for name in CHECKPOINTS)
-    temporary = path.with_suffix(".tmp")
-    with writing(path), open(temporary, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    if path.exists():
-        path.replace(previous)
-    temporary.replace(path)
-
-
 def find_checkpoint(folder):
-    """The path of a run's latest readable checkpoint, or None; reports damaged ones."""
+    """The path of a run's latest intact checkpoint, or None if it has none.
+
+    Only a file that is proven to be damaged is passed over, with a warning. Changes nothing.
+    """
     paths = [path for name in CHECKPOINTS if (path := Path(folder) / name).exists()]
     for path in paths:
         try:
             read_checkpoint(path)
             return path
-        except InputError as error:
+        except DamagedError as error:
             print(f"warning: {error}")
-            path.replace(f"{path}.damaged")  # else it would become the previous one
     if paths:
         raise InputError(f"{folder}: none of its checkpoints can be read; --no-resume starts over")
     return None
 
 
 def resume(args, may_differ, model, optimizer, videos):
-    """Load the run in --output_dir, or else --init; returns the number of steps done.
+    """Load what a run begins with; returns the steps done, and the checkpoint they are from.
 
-    Raises InputError if arguments outside may_differ have changed: only --no-resume overwrites
-    a run.
+    1. A checkpoint in --output_dir, unless --no-resume: the run goes on. Raises InputError if
+       arguments outside may_differ have changed: only --no-resume overwrites a run.
+    2. Else the weights in --init.
+    3. Else nothing: the model keeps its random weights.
     """
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun
     path = on_rank0(find_checkpoint, args.output_dir) if args.resume or restarted else None
     if path is None:
         if args.init:
             start_from(model, args.init)
-        return 0
+        return 0, None
     run = read_checkpoint(path, check=False)
     then = run.get("args", {})
     now = vars(args)
-    names = sorted((then.keys() | now.keys()) - may_differ)
     differ = [
-        f"--{n} was {then.get(n)}, is {now.get(n)}" for n in names if then.get(n) != now.get(n)
+        f"--{name} was {then.get(name)}, is {now.get(name)}"
+        for name in sorted((then.keys() | now.keys()) - may_differ)
+        if then.get(name) != now.get(name)
     ]
+    if then.get("stage") != args.stage:
+        differ = [f"it is of {then.get('stage')}, not of {args.stage}"]
     if differ:
         raise InputError(
             f"{path}: from a run with other arguments ({'; '.join(differ)}). Restore them to "
             "resume, give another --output_dir to keep that run, or --no-resume to overwrite it"
         )
+    check_finite(path, run["model"])
     model.load_state_dict(run["model"])
     optimizer.load_state_dict(run["optimizer"])
     print_rank0(f"{path}: resuming after step {run['step']}")
     if run["videos"] != videos.digest:
         print_rank0(f"warning: the list has changed: was {run['videos']}, is {videos.digest}")
-    return run["step"]
+    return run["step"], path
 
 
 def load_for_use(model, args):
     """Load the weights in --init to test or predict with. Raises InputError if one is missing."""
-    if not args.init:
-        raise InputError(f"--init CHECKPOINT is needed, from {args.stage}")
-    if new := load_pretrained(model, args.init)["new"]:
+    if new := load_pretrained(model, args.init):
         raise InputError(f"{args.init}: has no {new[0]}; give a checkpoint of {args.stage}")
     return model
 
@@ -1104,45 +1255,68 @@ def load_for_use(model, args):
 def progress(items=None, total=None, text=None, done=0):
     """A progress bar; redrawn only every 30 s if stderr is a file, to keep that short."""
     seconds = 0.2 if sys.stderr.isatty() else 30
-    return tqdm(items, text, total, initial=done, ncols=79, mininterval=seconds, disable=RANK > 0)
+    return tqdm(items, text, total, initial=done, ncols=79, mininterval=seconds, disable=rank() > 0)
 
 
 class Run:
-    """Logs, saves and ends a run; use it in a with statement.
+    """The log, the checkpoints and the end of a run; use it in a with statement.
 
     Processes meet at log points only. There they exchange losses, unreadable videos, and whether
-    any was asked to stop, by SIGTERM or Ctrl-C. If process 0 was asked, it saves after that very
-    step, since schedulers do not wait long; all leave together at the next log point.
+    one was asked to stop, by SIGTERM or Ctrl-C; all leave together at that point. Process 0 saves
+    after the very step in which it was asked, since schedulers do not wait long.
     """
 
-    def __init__(self, args, videos, batches, start, steps, flops=None):
-        """videos: VideoList or Keyframes. start, steps: where the run begins and ends. flops: to
-        train on a clip, or None.
-        """
+    def __init__(self, args, plan, videos, batches, start, checkpoint=None, flops=None):
+        """start, checkpoint: as resume returns them. flops: to train on a clip, or None."""
         self.args = args
+        self.plan = plan
         self.videos = videos
         self.batches = batches
         self.flops = flops
-        self.done = start
-        self.steps = steps
+        self.done = start  # steps
+        self.latest = checkpoint  # the latest file that is intact
         self.out = Path(args.output_dir)
-        self.pending = []  # losses and gradient norms since the last log point
+        self.pending = []  # losses and gradient norms since the last log point, on the device
         self.failed = set()  # names of unreadable videos
         self.asked = None  # the signal that this process got
         self.stopping = None  # the signal that any process got, known to all of them
+        self.save_now = False  # whether this process was asked, and has not saved since
         self.logged_at = self.saved_at = time.perf_counter()
         starts = gather(start)
         if len(set(starts)) > 1:
             raise InputError(f"{self.out}: start at steps {starts}; do all share this folder?")
-        if RANK == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
-            drop_later(self.out, start)
-            (self.out / "args.json").write_text(json.dumps(vars(args), indent=1))
+        on_rank0(self.take_folder)
+
+    def take_folder(self):
+        """Lock the folder for this process, and bring its files to where the run begins."""
+        log = self.out / "log.jsonl"
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.out / ".lock", "w")  # noqa: SIM115, held until the process ends
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise InputError(
+                f"{self.out}: another run is writing there; end it, or give another --output_dir"
+            ) from None
+        except OSError:
+            pass  # this file system knows no locks
+        if self.done == 0:  # nothing of an earlier run may mix with this one, or resume it
+            for path in self.out.glob("*.*"):
+                if path.suffix in (".pt", ".log", ".jsonl"):
+                    path.replace(f"{path}.replaced")
+        elif log.exists():  # a killed run wrote lines after its last save
+            lines = log.read_text(errors="replace").splitlines()
+            with writing(log) as beside:
+                beside.write_text("".join(f"{x}\n" for x in lines if step_of(x) <= self.done))
+        if self.done == self.plan.steps:
+            print(f"{self.out}: this run is finished: all {count(self.done, 'steps')} are done")
+        write_json(self.out / "args.json", vars(self.args))
+        self.keep_checkpoint()
 
     def __enter__(self):
         signals = signal.SIGTERM, signal.SIGINT
         self.handlers = {n: signal.signal(n, self.request_stop) for n in signals}
-        self.bar = progress(total=self.steps, done=self.done)
+        self.bar = progress(total=self.plan.steps, done=self.done)
         return self
 
     def __exit__(self, *_):
@@ -1154,19 +1328,16 @@ class Run:
     def request_stop(self, number, _):
         """The signal handler: ask the run to save and stop; a second Ctrl-C ends it at once."""
         self.asked = signal.Signals(number).name
-        self.saved_at = -math.inf  # a checkpoint is due at once
+        self.save_now = self.batches.stopping = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.write(2, f"{self.asked}: stopping soon; Ctrl-C again ends at once\n".encode())
 
-    def epoch(self, step):
-        """The effective epoch after `step` steps: how often each video was sampled."""
-        return step * self.args.batch_size * self.args.repeat_aug / len(self.videos)
-
     def every(self, epochs):
-        """Whether the last step completed a multiple of `epochs` effective epochs; 0: never."""
+        """Whether a multiple of `epochs` effective epochs was completed since the last log."""
         if not epochs:
             return False
-        return self.epoch(self.done) // epochs > self.epoch(self.done - 1) // epochs
+        before = (self.done - 1) // self.args.log_interval * self.args.log_interval
+        return self.plan.epoch(self.done) // epochs > self.plan.epoch(before) // epochs
 
     def record(self, loss, grad_norm):
         """Count a step. Its values stay on the device until the next log point."""
@@ -1176,8 +1347,8 @@ class Run:
 
     def at_log_point(self):
         """Whether the processes meet now; a single process also logs when asked to stop."""
-        due = self.done % self.args.log_interval == 0 or self.done == self.steps
-        return due or (WORLD == 1 and self.asked)
+        due = self.done % self.args.log_interval == 0 or self.done == self.plan.steps
+        return due or (world_size() == 1 and self.asked)
 
     def log(self, **settings):
         """Write a line of log.jsonl with the mean loss since the last one; all processes together.
@@ -1189,21 +1360,21 @@ class Run:
         pending = torch.stack(self.pending).tolist()
         reports = gather((pending, batches.waited, batches.failures, self.asked))
         values, waited, failures, asked = zip(*reports)
+        values = torch.tensor(values, dtype=torch.float64)  # (processes, steps, loss and norm)
         for index, reason in itertools.chain(*failures):
             self.note_failure(index, reason)
         self.check_finite(values)
         seconds = time.perf_counter() - self.logged_at
-        count = len(pending)
-        speed = count * self.args.batch_size * self.args.repeat_aug / seconds
-        loss = sum(loss for part in values for loss, _ in part) / (count * WORLD)
+        speed = len(pending) * self.plan.clips / seconds  # clips/s
+        loss = values[..., 0].mean().item()
         self.write(
             step=self.done,
-            epoch=self.epoch(self.done),
+            epoch=self.plan.epoch(self.done),
             loss=loss,
             **settings,
             grad_norm=pending[-1][1],
             clips_per_s=speed,
-            data_wait=sum(waited) / WORLD / seconds,
+            data_wait=sum(waited) / len(waited) / seconds,
             tflops=self.flops and self.flops * speed / 1e12,
         )
         self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} clips/s", refresh=False)
@@ -1214,90 +1385,104 @@ class Run:
 
     def write(self, **line):
         """Append a line to log.jsonl, and restart its clock: that of validation does not count."""
-        if RANK == 0:
+        if rank() == 0:
             append(self.out / "log.jsonl", json.dumps(line))
         self.logged_at = time.perf_counter()
 
     def note_failure(self, index, reason):
         """Log an unreadable video in failures.log; raise InputError if there are too many."""
-        log = self.out / "failures.log"
-        count = len(self.videos)
-        limit = self.args.max_failures
-        name = os.fsencode(self.videos.name(index)).decode(errors="backslashreplace")
-        if RANK == 0 and name not in self.failed:
+        name = self.videos.name(index)
+        if rank() == 0 and name not in self.failed:
             tqdm.write(f"skipped {name}: {reason}")
-            append(log, f"{name}\t{reason}")
+            append(self.out / "failures.log", f"{name}\t{reason}")
         self.failed.add(name)
-        limit = max(4, count // 100) if limit is None else limit
-        if len(self.failed) > limit:
-            raise InputError(
-                f"{len(self.failed)} of {count} {self.videos.unit} cannot be read, more than "
-                f"--max_failures {limit}; see {log}"
-            )
+        check_failures(self.args, len(self.failed), self.videos)
 
     def check_finite(self, values):
-        """Raise FloatingPointError if a loss or norm is not finite; values: by process and step."""
-        for step, pairs in enumerate(zip(*values), self.done - len(self.pending)):
-            bad = [rank for rank, (loss, _) in enumerate(pairs) if not math.isfinite(loss)]
-            if bad or not math.isfinite(pairs[0][1]):
-                ranks = bad or range(WORLD)  # a bad norm is the same on all of them
-                loss, norm = pairs[ranks[0]]
-                keys = [key for rank in ranks for key in self.batches.keys(step, rank)]
-                names = [self.videos.name(index) for _, index in keys[:10]]
-                raise FloatingPointError(
-                    f"step {step}: loss {loss}, gradient norm {norm}. Lower --lr, or try "
-                    f"--precision fp32. Checkpoints in {self.out} are from earlier steps. "
-                    f"The step's {self.videos.unit}:\n" + "\n".join(names)
-                )
+        """Raise FloatingPointError, with the names of the videos, if a loss or norm is not finite.
+
+        values: (processes, steps, 2) since the last log point.
+        """
+        bad = ~values.isfinite()
+        if bad.any():
+            first = bad.any(2).any(0).nonzero()[0].item()
+            step = self.done - values.shape[1] + first
+            # A bad norm is the same on all processes.
+            ranks = bad[:, first, 0].nonzero().flatten().tolist() or range(len(values))
+            loss, norm = values[ranks[0], first].tolist()
+            keys = [key for rank in ranks for key in self.batches.keys(step, rank)]
+            names = [self.videos.name(index) for _, index in keys[:10]]
+            raise FloatingPointError(
+                f"step {step}: loss {loss}, gradient norm {norm}. Lower --lr, or try --precision "
+                f"fp32. Checkpoints in {self.out} are from earlier steps. The step's "
+                f"{self.videos.unit}:\n" + "\n".join(names)
+            )
 
     def save_due(self):
-        """Whether process 0 saves now: by the clock, for --keep_epochs, at a stop, at the end."""
+        """Whether process 0 saves now: at a log point, or at once if it was asked to stop."""
+        if rank() > 0:
+            return False
+        if self.pending:  # between log points: nobody has checked yet that the loss is finite
+            return self.save_now and bool(torch.stack(self.pending).isfinite().all())
         late = time.perf_counter() - self.saved_at > 60 * self.args.save_minutes
-        ends = self.stopping or self.done == self.steps
-        due = bool(late or ends or self.every(self.args.keep_epochs))
-        # Between log points nobody has checked yet that the weights are finite.
-        return RANK == 0 and due and (not self.pending or bool(self.pending[-1].isfinite().all()))
+        ends = self.stopping or self.done == self.plan.steps
+        return bool(late or ends or self.every(self.args.keep_epochs))
 
-    def save(self, model, optimizer, config):
-        """Write a checkpoint with all a resumed run needs."""
-        self.saved_at = time.perf_counter()
+    def save(self, model, optimizer, **more):
+        """Write a checkpoint with all a resumed run needs; a kill at any time leaves one intact."""
+        path, previous = (self.out / name for name in CHECKPOINTS)
         content = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=self.done)
-        content |= dict(args=vars(self.args), videos=self.videos.digest, config=config)
-        save_checkpoint(self.out, content)
-        if self.every(self.args.keep_epochs):
-            kept = self.out / f"checkpoint_epoch{self.epoch(self.done):.0f}.pt"
-            shutil.copyfile(self.out / CHECKPOINTS[0], kept)
+        content |= dict(args=vars(self.args), videos=self.videos.digest, **more)
+        with writing(path) as beside:
+            with open(beside, "wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if self.latest == path:  # a damaged file does not become the previous one
+                path.replace(previous)
+        self.latest = path
+        self.save_now = False
+        self.saved_at = time.perf_counter()
+        self.keep_checkpoint()
+
+    def keep_checkpoint(self):
+        """Copy the latest checkpoint if --keep_epochs asks for it, and it is not there yet."""
+        kept = self.out / f"checkpoint_epoch{self.plan.epoch(self.done):.10g}.pt"
+        if self.done and self.every(self.args.keep_epochs) and not kept.exists():
+            with writing(kept) as beside:
+                shutil.copyfile(self.latest, beside)
 
     def was_stopped(self):
         """Print how the run ended; returns whether it was asked to stop."""
         gather(None)  # a barrier: nobody leaves before the last checkpoint is written
         if self.failed:
-            failed = f"{len(self.failed)} {self.videos.unit}"
+            failed = count(len(self.failed), self.videos.unit)
             print_rank0(f"{failed} could not be read: see failures.log")
         if self.stopping:
             again = "the same command" + ("" if self.args.resume else " without --no-resume")
             print_rank0(
-                f"asked to stop ({self.stopping}): saved after step {self.done} of {self.steps} in "
-                f"{self.out}; {again} resumes from there"
+                f"asked to stop ({self.stopping}): saved after step {self.done} of "
+                f"{self.plan.steps} in {self.out}; {again} resumes from there"
             )
         return bool(self.stopping)
 
 
-def append(path, line):
-    """Append a line to a file. Raises InputError, naming it, if it cannot be written."""
-    with writing(path), open(path, "a") as file:
-        file.write(line + "\n")
+def step_of(line):
+    """The step of a line of log.jsonl; infinity if it cannot be read."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
-def drop_later(folder, start):
-    """Drop log lines after step `start`, which a killed run wrote after its last save."""
-    if start == 0:  # a restart must not resume the run that this one replaces
-        for path in [*folder.glob("checkpoint*.pt"), *folder.glob("failures.log")]:
-            path.replace(f"{path}.replaced")
-    log = folder / "log.jsonl"
-    lines = log.read_text().splitlines() if log.exists() else []
-    whole = [line for line in lines if line.endswith("}")]
-    log.write_text("".join(f"{line}\n" for line in whole if json.loads(line)["step"] <= start))
+def check_failures(args, number, videos):
+    """Raise InputError if all videos are unreadable, or more than --max_failures."""
+    limit = max(4, len(videos) // 100) if args.max_failures is None else args.max_failures
+    if number > min(limit, len(videos) - 1):
+        raise InputError(
+            f"{number} of {count(len(videos), videos.unit)} cannot be read; --max_failures allows "
+            f"{limit}; see {args.output_dir}/failures.log"
+        )
 
 
 def run_main(main):
@@ -1308,23 +1493,21 @@ def run_main(main):
         status = main()
     except KeyboardInterrupt:
         message = "interrupted; the same command resumes from the last checkpoint, if there is one"
-    except (InputError, FloatingPointError) as error:
+    except (ConnectionError, EOFError) as error:  # while a data worker sent something
+        message = f"error: DataLoader worker exited unexpectedly: {error}"
+    except (InputError, FloatingPointError, OSError) as error:
         message = f"error: {error}"
-    except (OSError, RuntimeError) as error:
-        message = f"error: {str(error).splitlines()[0].rstrip('.')}"
-        if getattr(error, "filename", None):
-            message = f"error: {error.filename}: {error.strerror}"
-        if isinstance(error, ConnectionError):  # while a data worker sent something
-            message = f"error: DataLoader worker exited unexpectedly: {error}"
+    except RuntimeError as error:
+        message = f"error: {str(error).splitlines()[0]}"
         if "DataLoader worker" in message:
             message += "; if it ran out of memory or shared memory, use fewer --num_workers"
-        elif WORLD > 1 and re.search("[Cc]onnection|[Tt]imed out|NCCL|gloo", message):
+        elif dist.is_initialized() and re.search("[Cc]onnection|[Tt]imed out|NCCL|gloo", message):
             message += "; another process has ended or does not answer: see its message"
-        elif not isinstance(error, OSError):
+        else:
             raise
     if message:  # raised here, not above: a traceback would keep the data workers alive
         sys.exit(f"{Path(sys.argv[0]).name}: {message}")
-    if WORLD > 1:
+    if dist.is_initialized():
         time.sleep(0.1)  # lets gloo free its last tensors: in torch 2.6 it cannot once this begins
         dist.destroy_process_group()
     sys.exit(status)

@@ -4,15 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import data
+import finetune_cls
 
-SIDE = 32
-Y, X = torch.meshgrid(torch.arange(SIDE) + 0.5, torch.arange(SIDE) + 0.5, indexing="ij")
+H, W = 32, 48
+Y, X = torch.meshgrid(torch.arange(H) + 0.5, torch.arange(W) + 0.5, indexing="ij")
 
 
 def ramps(y, x):
     """Red tells the column; green, the row, has all 256 values; blue is not known."""
-    return torch.stack([17 + 6 * x, (8 * y - 4 + x / 4).floor(), torch.full_like(x, torch.nan)])
+    return torch.stack([17 + 5 * x, (8 * y - 4 + x / 6).floor(), torch.full_like(x, torch.nan)])
 
 
 PICTURE = torch.stack([*ramps(Y, X)[:2], 40 + 200 * ((X + Y) % 2)])
@@ -29,15 +29,15 @@ def blend(other, amount):
 
 def from_places(y, x):
     """What lies at these places of the picture; grey outside, not known at the border."""
-    outside = torch.maximum((x - SIDE / 2).abs(), (y - SIDE / 2).abs()) - SIDE / 2
+    outside = torch.maximum((x - W / 2).abs() - W / 2, (y - H / 2).abs() - H / 2)
     border = torch.where(outside.abs() < 1, torch.nan, 0)
     return torch.where(outside > 0, 128, ramps(y, x)) + border
 
 
 def rotated(degrees):
     turn = torch.polar(torch.tensor(1.0), torch.tensor(degrees).deg2rad())
-    places = torch.complex(X - SIDE / 2, Y - SIDE / 2) * turn
-    return from_places(places.imag + SIDE / 2, places.real + SIDE / 2)
+    places = torch.complex(X - W / 2, Y - H / 2) * turn
+    return from_places(places.imag + H / 2, places.real + W / 2)
 
 
 MAGNITUDES = (0, 5, 9, 10)
@@ -47,7 +47,7 @@ SLOPES = (0.0, 0.15, 0.27, 0.3)
 SHIFTS = (0.0, 0.225, 0.405, 0.45)
 ONE_WAY = {  # name: its amounts at these magnitudes, and what an amount makes of the picture
     "AutoContrast": (ALWAYS, lambda _: (PICTURE - DARKEST) * 255 / (BRIGHTEST - DARKEST)),
-    "Equalize": (ALWAYS, lambda _: torch.stack([(32 * X - 15) // 3, GREEN, 255.0 * (BLUE > 40)])),
+    "Equalize": (ALWAYS, lambda _: torch.stack([(32 * X - 14) // 5, GREEN, 255.0 * (BLUE > 40)])),
     "Invert": (ALWAYS, lambda _: 255 - PICTURE),
     "Posterize": ((4, 2, 1, 0), lambda bits: PICTURE // 2 ** (8 - bits) * 2 ** (8 - bits)),
     "Solarize": ((256, 128, 26, 0), lambda t: PICTURE.where(PICTURE.lt(t), 255 - PICTURE)),
@@ -61,8 +61,8 @@ BOTH_WAYS = {
     "Sharpness": (FACTORS, lambda factor: blend(BLURRED, factor)),
     "ShearX": (SLOPES, lambda slope: from_places(Y, X + slope * Y)),
     "ShearY": (SLOPES, lambda slope: from_places(Y + slope * X, X)),
-    "TranslateX": (SHIFTS, lambda share: from_places(Y, X + share * SIDE)),
-    "TranslateY": (SHIFTS, lambda share: from_places(Y + share * SIDE, X)),
+    "TranslateX": (SHIFTS, lambda share: from_places(Y, X + share * W)),
+    "TranslateY": (SHIFTS, lambda share: from_places(Y + share * H, X)),
 }
 OPERATIONS = ONE_WAY | BOTH_WAYS
 
@@ -72,20 +72,20 @@ OPERATIONS = ONE_WAY | BOTH_WAYS
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_each_operation_is_as_strong_as_its_magnitude_says(name, magnitude, sign):
     m, clip = magnitude / 10, PICTURE.byte()[None]
-    result = data.RAND_AUGMENT[name](clip, m, sign * m)[0]
+    result = finetune_cls.RAND_AUGMENT[name](clip, m, sign * m)[0]
     amounts, expected = OPERATIONS[name]
     amount = amounts[MAGNITUDES.index(magnitude)]
     wanted = expected(sign * amount if name in BOTH_WAYS else amount)
     if name in ("Rotate", "TranslateX", "TranslateY"):  # which way is which does not matter
         wanted = expected(-sign * amount)
     error = (result - wanted.clamp(0, 255)).nan_to_num(0).abs()
-    assert error.max() < 2  # rounding
+    assert error.max() < 2.1  # rounding, of greys as well
 
 
 def test_all_frames_of_a_clip_are_changed_alike():
     torch.manual_seed(0)
-    clip = torch.randint(256, (4, 32, 32, 3), dtype=torch.uint8).permute(0, 3, 1, 2)  # as decoded
-    augment = data.RandAugment(9, 0.5)
+    clip = torch.randint(256, (4, 24, 32, 3), dtype=torch.uint8).permute(0, 3, 1, 2)  # as decoded
+    augment = finetune_cls.RandAugment(9, 0.5)
     for seed in range(60):
         torch.manual_seed(seed)
         result = augment(clip)
@@ -95,23 +95,18 @@ def test_all_frames_of_a_clip_are_changed_alike():
             assert torch.equal(frame, augment(alone[None])[0])
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """What 4000 calls apply: for each a list of (operation, magnitude with its sign)."""
-    calls = []
+def test_two_operations_are_drawn_with_replacement_each_at_a_magnitude_of_its_own(monkeypatch):
+    """4000 calls; each applies an operation half the time, at normal(9, 0.5), clipped at 10."""
+    calls = []  # for each a list of (operation, magnitude with its sign)
 
     def noting(name):
         return lambda clip, magnitude, signed: calls[-1].append((name, 10 * signed)) or clip
 
-    monkeypatch.setattr(data, "RAND_AUGMENT", {name: noting(name) for name in OPERATIONS})
+    monkeypatch.setattr(finetune_cls, "RAND_AUGMENT", {name: noting(name) for name in OPERATIONS})
     torch.manual_seed(0)
     for _ in range(4000):
         calls.append([])
-        data.RandAugment(9, 0.5)(torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
-    return calls
-
-
-def test_two_operations_are_drawn_with_replacement_each_applied_half_the_time(calls):
+        finetune_cls.RandAugment(9, 0.5)(torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
     for count, share in enumerate((0.25, 0.5, 0.25)):
         assert sum(len(call) == count for call in calls) / 4000 == pytest.approx(share, abs=0.03)
     names = [name for call in calls for name, _ in call]
@@ -120,8 +115,6 @@ def test_two_operations_are_drawn_with_replacement_each_applied_half_the_time(ca
     pairs = [call for call in calls if len(call) == 2]
     assert sum(a[0] == b[0] for a, b in pairs) / len(pairs) == pytest.approx(1 / 15, abs=0.03)
 
-
-def test_each_operation_draws_a_magnitude_around_nine_that_is_clipped_at_ten(calls):
     magnitudes = torch.tensor([magnitude for call in calls for _, magnitude in call])
     assert (magnitudes < 0).float().mean().item() == pytest.approx(0.5, abs=0.03)
     assert magnitudes.abs().median().item() == pytest.approx(9, abs=0.05)

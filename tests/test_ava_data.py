@@ -32,35 +32,36 @@ def write_csv(path, *rows):
 
 @pytest.fixture
 def score(tmp_path, monkeypatch, capsys):
-    """Score by the command line: what it prints, as {name: text}."""
+    """Score by the command line: {name: average precision}, and the last line that it prints."""
 
     def score(truth, detections, names, excluded=""):
         items = "".join(f'item {{\n  name: "{name}"\n  id: {i}\n}}\n' for i, name in names.items())
         (tmp_path / "list.pbtxt").write_text(items)
         line = f"--score {detections} --ground_truth {truth} --action_list {tmp_path}/list.pbtxt"
         monkeypatch.setattr("sys.argv", ["finetune_ava.py", *line.split(), *excluded.split()])
-        finetune_ava.main()
-        *classes, last = capsys.readouterr().out.splitlines()
-        found = dict(reversed(line.strip().split("  ")) for line in classes)
-        return found | {"mAP": last.removeprefix("mAP@0.5IOU: ")}
+        results, function = [], finetune_ava.score
+        with monkeypatch.context() as patch:
+            patch.setattr(finetune_ava, "score", lambda *a: results.append(function(*a)))
+            finetune_ava.main()
+        return results[0]["per_class"], capsys.readouterr().out.splitlines()[-1]
 
     return score
 
 
-@pytest.mark.parametrize("excluded, figure", [(True, "0.311734"), (False, "0.301614")])
+@pytest.mark.parametrize("excluded, figure", [(True, "31.1734 %"), (False, "30.1614 %")])
 def test_the_figures_are_the_official_evaluators(excluded, figure, score):
     expected = json.loads((OFFICIAL / "expected.json").read_text())["per_class"]
     line = f"--excluded {OFFICIAL}/excluded_timestamps.csv" * excluded
     names = dict(zip(EVALUATED, expected, strict=True))
-    found = score(OFFICIAL / "gt.csv", OFFICIAL / "detections.csv", names, line)
-    assert found.pop("mAP") == figure and list(found) == list(expected)
+    found, said = score(OFFICIAL / "gt.csv", OFFICIAL / "detections.csv", names, line)
+    assert said == f"mAP@0.5IOU: {figure}" and list(found) == list(expected)
     for name, ap in expected.items() if excluded else ():
-        assert found[name] == ("no labels" if ap is None else f"{ap:.6f}")
+        assert found[name] == (None if ap is None else pytest.approx(100 * ap, abs=5.1e-5))
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared: the public list of actions")
 def test_the_evaluated_actions_are_those_of_the_public_list():
-    actions = data.read_action_list(next(SHARED.glob("*.pbtxt")))
+    actions = finetune_ava.read_action_list(next(SHARED.glob("*.pbtxt")))
     assert list(actions) == EVALUATED
     assert actions[80] == "watch (a person)" and actions[1] == "bend/bow (at the waist)"
 
@@ -98,37 +99,72 @@ def test_equal_scores_are_ordered_as_the_official_evaluator_has_them(digits, sco
             rows.append(("a", frame + 902, *box, rng.randint(1, 5), round(rng.rand(), digits)))
         all_rows.append(rows)
     files = [write_csv(tmp_path / f"{len(rows)}.csv", *rows) for rows in all_rows]
-    found = score(*files, {i: i for i in range(1, 6)})
-    assert found["5"] == "no labels"
+    found, _ = score(*files, {i: i for i in range(1, 6)})
+    assert found["5"] is None
     for action in range(1, 5):
         expected = plain_average_precision(*all_rows, action)
-        assert found[f"{action}"] == f"{expected:.6f}" and 0.02 < expected < 0.9
+        assert (
+            found[f"{action}"] == pytest.approx(100 * expected, rel=1e-9) and 0.02 < expected < 0.9
+        )
 
 
 def test_an_iou_of_a_half_is_right_and_one_just_below_is_wrong(score, tmp_path):
     row, rows = (0, 0, 0.5, 0.5, 1, 0), [(0, 0, 0.25, 0.5, 1, 0.9), (0, 0, 0.2499, 0.5, 1, 0.8)]
     truth = write_csv(tmp_path / "truth.csv", ("a", 902, *row), ("a", 903, *row))
     found = write_csv(tmp_path / "found.csv", ("a", 902, *rows[0]), ("a", 903, *rows[1]))
-    assert score(truth, found, {1: "one"})["mAP"] == "0.500000"
+    assert score(truth, found, {1: "one"})[0] == {"one": 50}
 
 
 GOOD = ("a", "0902", 0.1, 0.1, 0.5, 0.5, 12, 0)
-WRONG = [  # scored, row, what is said of it
-    (False, GOOD[:5], r"not enough values"),
-    (True, ("a", "0902", 0.1, 0.5, 0.5, 0.5, 12, 0.9), r"not a box; expected x1 < x2"),
-    (True, ("a", "0902", 30, 20, 110, 90, 12, 0), r"not a box; .*shares of the frame"),
-    (True, ("a", "0902", "nan", 0.1, 0.5, 0.5, 12, 0), r"not a box"),
-    (True, (*GOOD[:6], 81, 0), r"action 81 is outside 1\.\.80"),
-    (False, (*GOOD[:6], "", 0), r"action 0 is outside 1\.\.80"),
-    (True, ("a", "902 s", *GOOD[2:]), r"could not convert"),
+WRONG = [  # kind, row, what is said of it
+    ("truth", GOOD[:5], r"not enough values"),
+    ("detections", GOOD[:7], r"not enough values"),
+    ("proposals", ("a", "0902", 0.1, 0.5, 0.5, 0.5, 12, 0.9), r"not a box; expected x1 < x2"),
+    ("truth", ("a", "0902", 0.1, 0.1, 0.1000001, 0.5, 12, 0), r"not a box; expected x1 < x2"),
+    ("proposals", ("a", "0902", 30, 20, 110, 90, 12, 0), r"not a box; .*shares of the frame"),
+    ("proposals", ("a", "0902", "nan", 0.1, 0.5, 0.5, 12, 0), r"not a box"),
+    ("proposals", (*GOOD[:6], 81, 0), r"action 81 is outside 1\.\.80"),
+    ("truth", (*GOOD[:6], "", 0), r"action 0 is outside 1\.\.80"),
+    ("detections", (*GOOD[:6], "", 0), r"action 0 is outside 1\.\.80"),
+    ("proposals", ("a", "902 s", *GOOD[2:]), r"could not convert"),
+    ("truth", ("a", "inf", *GOOD[2:]), r"inf is not a number"),
+    ("proposals", (*GOOD[:7], "nan"), r"nan is not a number"),
 ]
 
 
-@pytest.mark.parametrize("scored, row, error", WRONG)
-def test_rows_that_are_wrong_are_named(scored, row, error, tmp_path):
+@pytest.mark.parametrize("kind, row, error", WRONG)
+def test_rows_that_are_wrong_are_named(kind, row, error, tmp_path):
     path = write_csv(tmp_path / "boxes.csv", GOOD, row)
-    with pytest.raises(InputError, match=rf"boxes.csv, line 2: .*{error}"):
-        data.read_boxes(path, scored)
+    with pytest.raises(InputError, match=rf"boxes.csv, line 2: .*{error}.*; expected video,second"):
+        finetune_ava.read_boxes(path, kind)
+
+
+def test_names_and_seconds_may_have_blanks_around_them(tmp_path):
+    path = write_csv(tmp_path / "a.csv", (" a ", " 0902 ", *GOOD[2:6], " 12 ", " 0.5"), ())
+    assert [*finetune_ava.read_boxes(path)] == [("a", 902)]
+    path = write_csv(tmp_path / "b.csv", (" a ", " 0902 "))
+    assert finetune_ava.read_excluded(path) == {("a", 902)}
+    write_csv(path, GOOD[:2], ("a", "nan"))
+    with pytest.raises(InputError, match=r"b.csv, line 2: 'a,nan': nan is not a number"):
+        finetune_ava.read_excluded(path)
+
+
+ITEM = 'item {\n name: "walk"\n id: %s\n}\n'
+WRONG_LISTS = {
+    "": "no action list; expected entries like item",
+    ITEM % 80 + ITEM % 81: "item 2: .* action 81 is outside",
+    ITEM % 0: "item 1: .* action 0 is",
+    ITEM % -1: "action -1 is outside",
+    ITEM % 80 + "label { name: 'run' }": "item 2: ",
+    "label {" + " " * 60_000: "no action list",
+}
+
+
+@pytest.mark.parametrize("text", WRONG_LISTS, ids=range(len(WRONG_LISTS)))
+def test_lists_of_actions_that_are_wrong_name_the_entry(text, tmp_path):
+    (tmp_path / "list.pbtxt").write_text(text)
+    with pytest.raises(InputError, match=f"list.pbtxt.*{WRONG_LISTS[text]}"):
+        finetune_ava.read_action_list(tmp_path / "list.pbtxt")
 
 
 @pytest.fixture
@@ -158,27 +194,67 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_files_are_found_by_the_names_they_are_distributed_with(folder):
+def find_files(line, split):
+    args, what = parse(line), ("ground_truth", "excluded", "boxes", "action_list")
+    return {name: str(finetune_ava.find_file(args, split, name)) for name in what}
+
+
+def test_files_are_found_by_the_names_they_are_distributed_with(folder, capsys):
     notes, boxes = folder / "annotations", "person_box_67091280_iou90/ava_detection"
-    files = data.find_ava(parse(f"--data {folder}"), "train")
-    assert {what: str(path.relative_to(notes)) for what, path in files.items()} == {
+    files = find_files(f"--data {folder}", "train")
+    assert {what: path.removeprefix(f"{notes}/") for what, path in files.items()} == {
         "ground_truth": "ava_train_v2.2.csv",
         "excluded": "ava_train_excluded_timestamps_v2.2.csv",
         "boxes": f"{boxes}_train_boxes_and_labels_v2.2.csv",
         "action_list": "ava_action_list_v2.2_for_activitynet_2019.pbtxt",
     }
-    assert data.read_action_list(files["action_list"]) == {74: "listen to (a person)"}
-    given = data.find_ava(parse(f"--data {folder} --boxes mine.csv"), "val")
-    assert given["boxes"] == "mine.csv" and given["ground_truth"] == notes / "ava_val_v2.2.csv"
+    said = f"boxes of train: {boxes}_train_boxes_and_labels_v2.2.csv, the last of 2 files"
+    assert said in capsys.readouterr().out
+    given = find_files(f"--data {folder} --boxes mine.csv", "val")
+    assert given["boxes"] == "mine.csv" and given["ground_truth"] == f"{notes}/ava_val_v2.2.csv"
     (notes / "ava_val_v2.2.csv").unlink()
     (notes / "ava_val_v2.1.csv").unlink()
     with pytest.raises(InputError, match=r"no ground_truth of val in it; expected\n"):
-        data.find_ava(parse(f"--data {folder}"), "val")
+        find_files(f"--data {folder}", "val")
+
+
+def test_of_files_with_one_name_the_choice_follows_from_their_paths(folder, capsys):
+    name = "ava_detection_val_boxes_and_labels_v2.2.csv"
+    for iou in (95, 75):
+        write_csv(folder / f"annotations/person_box_67091280_iou{iou}" / name)
+    files = find_files(f"--data {folder}", "val")
+    assert files["boxes"].endswith(f"_iou95/{name}")
+    assert f"_iou95/{name}, the last of 4 files" in capsys.readouterr().out
+
+
+def test_what_is_wrong_with_a_test_is_found_before_training(folder, monkeypatch):
+    monkeypatch.setattr("sys.argv", f"a --data {folder} --model vit_demo --allow_missing".split())
+    write_csv(folder / "annotations" / "ava_val_v2.2.csv", GOOD, ("a", "0902", 0.1))
+    with pytest.raises(InputError, match=r"ava_val_v2.2.csv, line 2: 'a,0902,0.1': not enough"):
+        finetune_ava.main()
+
+
+def test_scores_take_the_files_of_the_data_set_without_excluded(folder, monkeypatch, capsys):
+    """Else the person at ("a", 1000), whom nobody looks for, would count as missed."""
+    found = write_csv(folder / "found.csv", *(("a", t, *GOOD[2:6], 12, 0.9) for t in (902, 1798)))
+    argv = f"a --data {folder} --model vit_demo --score".split()
+    monkeypatch.setattr("sys.argv", [*argv, str(found)])
+    notes = folder / "annotations"
+    (notes / "ava_action_list_v2.2_for_activitynet_2019.pbtxt").write_text(ITEM % 12)
+    write_csv(notes / "ava_val_v2.2.csv", *(("a", t, *GOOD[2:]) for t in (902, 1000, 1798)))
+    finetune_ava.main()
+    assert capsys.readouterr().out.splitlines()[-1] == "mAP@0.5IOU: 100.0000 %"
+    truth, actions, _ = finetune_ava.read_ground_truth(parse(f"--data {folder}"))
+    assert [*truth] == [("a", 902), ("a", 1798)] and actions == {12: "walk"}  # what a test takes
+    other = notes / "ava_val_excluded_timestamps_v2.2.csv"
+    monkeypatch.setattr("sys.argv", [*argv, str(other)])
+    with pytest.raises(InputError, match=rf"{other}, line 1: 'a,1000': not enough values"):
+        finetune_ava.main()
 
 
 def read_keyframes(folder, split, line="--allow_missing"):
     """The keyframes of a split: {(video, second): [(box, actions)]}."""
-    keyframes, found = data.read_keyframes(parse(f"--data {folder} {line}"), split), {}
+    keyframes, found = finetune_ava.read_keyframes(parse(f"--data {folder} {line}"), split), {}
     for i, key in enumerate(keyframes.keys):
         boxes, actions = keyframes.boxes(i)
         actions = [(1 + np.flatnonzero(row)).tolist() for row in actions]
@@ -201,8 +277,8 @@ def test_training_takes_true_boxes_and_sure_ones_and_a_test_detected_ones_alone(
     line = "--detection_threshold 0.5"
     assert read_keyframes(folder, "val", line) == detected | {("b", 1003): [(other, [5])]}
     with pytest.raises(InputError, match="no box reaches --detection_threshold"):
-        read_keyframes(folder, "val", "--detection_threshold 2")
-    with pytest.raises(InputError, match="1 of 3 movies are not below .*: c; --videos FOLDER says"):
+        read_keyframes(folder, "val", "--detection_threshold 1")
+    with pytest.raises(InputError, match="1 of 3 movies are not below .*: c, ...; --videos says"):
         read_keyframes(folder, "train", "")
 
 
@@ -213,7 +289,7 @@ PLACE = 0.55, 0.3, 0.8, 0.65
 def keyframes_in(path, second=901.5, boxes=(PLACE,), start=900):
     """One keyframe of a movie, with these boxes; each has an action of its own, from 3 on."""
     rows = np.array([(*box, 3 + i, 1) for i, box in enumerate(boxes)])
-    return data.Keyframes("mine", {("movie", second): rows}, {"movie": str(path)}, start)
+    return finetune_ava.Keyframes("mine", {("movie", second): rows}, {"movie": str(path)}, start)
 
 
 def bright_box(folder, height, width, more=()):
@@ -233,15 +309,15 @@ def where_bright(clip):
 
 @pytest.mark.parametrize("size", [(120, 160), (90, 250), (200, 110)])
 def test_boxes_stay_on_their_things_or_leave_with_them(size, tmp_path, monkeypatch):
-    flips, cut_clip = [], data.cut_clip
-    monkeypatch.setattr(data, "cut_clip", lambda *a: flips.append(a[4]) or cut_clip(*a))
+    cuts, cut_clip = [], finetune_ava.cut_clip
+    monkeypatch.setattr(finetune_ava, "cut_clip", lambda *a: cuts.append(a[2:]) or cut_clip(*a))
     keyframes = bright_box(tmp_path, *size, more=[(0, 0, 1, 1), (0, 0, 0.05, 0.05)])
-    clips = data.KeyframeDataset(keyframes, parse("--img_size 112"))
+    clips = finetune_ava.KeyframeDataset(keyframes, parse("--img_size 112"))
     seen, scales, dropped = set(), [], set()
     for epoch in range(40):
         sample = clips[epoch, 0]
         clip, actions = sample["video"][0], (1 + torch.nonzero(sample["actions"])[:, 1]).tolist()
-        boxes = dict(zip(actions, sample["boxes"], strict=True))
+        boxes = dict(zip(actions, *sample["boxes"], strict=True))
         dropped |= {3, 4, 5} - boxes.keys()
         assert clip.shape == (16, 112, 112, 3) and boxes[4].tolist() == [0, 0, 112, 112]
         if 3 not in boxes:
@@ -254,9 +330,13 @@ def test_boxes_stay_on_their_things_or_leave_with_them(size, tmp_path, monkeypat
                 scales.append((boxes[3][3] - boxes[3][1]).item() / height)  # the short side
     assert len(seen) > 15 and dropped == ({3, 5} if size == (90, 250) else {5})
     assert 250 < min(scales) < 290 < max(scales) < 326
-    assert 10 <= sum(flips) <= 30
+    assert 10 <= sum(flip for *_, flip in cuts) <= 30
+    down, along = np.transpose([crop[:2] for crop, *_ in cuts])
+    assert abs(np.corrcoef(down, along)[0, 1]) < 0.5  # neither follows from the other
+    before, cuts[:], clips.args.seed = cuts[:], [], 1
+    assert clips[0, 0]["video"].shape and cuts[0] not in before
     clips.args.hflip = False
-    assert [clips[epoch, 0] for epoch in range(10)] and not any(flips[40:])
+    assert [clips[epoch, 0] for epoch in range(10)] and not any(flip for *_, flip in cuts[1:])
 
 
 MIDDLE = 0.583, 0.3, 1, 0.65  # where PLACE is in the middle 120 x 120 of 120 x 200
@@ -271,10 +351,27 @@ CROPS = {  # flags: patch size, size of the clip, and the box in it
 @pytest.mark.parametrize("line", CROPS)
 def test_tests_see_the_middle_square_or_the_whole_frame(line, tmp_path):
     args, (patch, shape, place) = parse(f"--img_size 112 --test_crop {line}"), CROPS[line]
-    sample = data.KeyframeTestDataset(bright_box(tmp_path, 120, 200), args, patch)[0]
-    assert sample["video"].shape == (16, *shape, 3)
+    sample = finetune_ava.KeyframeTestDataset(bright_box(tmp_path, 120, 200), args, patch)[0]
+    assert sample["video"].shape == (1, 16, *shape, 3)
     np.testing.assert_allclose(sample["boxes"][0], np.multiply(place, shape[::-1] * 2), atol=0.1)
-    assert (where_bright(sample["video"]) - sample["boxes"][0]).abs().max() <= 1.5
+    assert (where_bright(sample["video"][0]) - sample["boxes"][0]).abs().max() <= 1.5
+
+
+def test_whole_frames_are_rounded_to_the_patches_of_the_model(tmp_path):
+    shapes = []
+
+    class FakeDetector:
+        cls_token, patch_size, eval = torch.zeros(1), 8, lambda self: None
+
+        def __call__(self, video, boxes):
+            shapes.append(video.shape)
+            return torch.zeros(len(boxes[0]), 80)
+
+    line = f"--test_crop full --test_size 120 --num_workers 0 --output_dir {tmp_path}"
+    finetune_ava.detect(FakeDetector(), bright_box(tmp_path, 120, 200), parse(line), {1: "one"})
+    assert shapes == [(1, 3, 16, 120, 200)]
+    rows = (tmp_path / "detections.csv").read_text().splitlines()
+    assert rows == ["movie,901.5,0.55,0.3,0.8,0.65,1,0.500000"]
 
 
 @pytest.mark.parametrize("rate", [30, 15])
@@ -300,11 +397,11 @@ def test_a_folder_of_frames_gives_the_clip_of_the_movie(tmp_path):
         jpeg = dict(codec="mjpeg", pix_fmt="yuvj420p", options={"q:v": "2"})
         encode(folder / f"movie_{i + 1:06d}.jpg", frames[i : i + 1], **jpeg)
     args = parse(f"--img_size 32 --data {tmp_path}")
-    assert data.find_movies(args, {"movie"}) == {"movie": str(folder)}
+    assert finetune_ava.find_movies(args, {"movie"}) == {"movie": str(folder)}
     found = [keyframes_in(folder, start=None), keyframes_in(movie)]
-    one, other = (data.KeyframeTestDataset(keyframes, args, 8)[0] for keyframes in found)
+    one, other = (finetune_ava.KeyframeTestDataset(keyframes, args, 8)[0] for keyframes in found)
     assert (one["video"].float() - other["video"].float()).abs().mean() < 4
     assert torch.equal(one["boxes"], other["boxes"])
     (folder / "movie_000046.jpg").write_bytes(b"")
-    with pytest.raises(data.VideoError, match=r"movie_000046.jpg cannot be read"):
+    with pytest.raises(data.VideoError, match=r"movie_000046.jpg cannot be opened"):
         keyframes_in(folder).frames(0, 16, 4)

@@ -1,17 +1,10 @@
-"""Compiled blocks: few graphs and equal losses, also with checkpointing and two processes."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""Compiled blocks: few graphs and equal losses, also with checkpointing."""
 
 import pytest
 import torch
-import torch.distributed as dist
 from test_model import BOXES, THREE_MODELS, clip, loss_of
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 from finetune_cls import mask_ratio_at
@@ -40,15 +33,15 @@ def compiled(name, backend, patch, **more):
     return model, plain, graphs
 
 
-def assert_equal_steps(model, plain, ratio, part=slice(2)):
-    """A step of each; part: the clips that the first one sees, where processes share them."""
-    for network, clips in ((model, part), (plain, slice(2))):
+def assert_equal_steps(model, plain, ratio):
+    """A step of each has the same loss and gradients."""
+    losses = []
+    for network in (model, plain):
         torch.manual_seed(1)
         network.zero_grad()
-        network.loss = loss_of(network, ratio, clips)
-        network.loss.backward()
-    if part == slice(2):
-        assert_close(model.loss, plain.loss)
+        losses.append(loss_of(network, ratio))
+        losses[-1].backward()
+    assert_close(*losses)
     for one, other in zip(model.parameters(), plain.parameters()):
         assert_close(one.grad, other.grad, atol=1e-5, rtol=1e-3)
 
@@ -73,27 +66,3 @@ def test_blocks_take_few_graphs_and_give_the_same_losses(name, backend, again, m
             assert_close(model.eval()(*args), plain.eval()(*args))
     assert_equal_steps(model.train(), plain.train(), RATIOS[name][0])
     assert graphs.frame_count <= MOST[name][1] < torch._dynamo.config.cache_size_limit
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("again", ["", "grad_checkpointing"])
-@pytest.mark.parametrize("name", THREE_MODELS)
-def test_two_processes_have_the_gradients_of_one(name, again):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [__file__, name, *again.split()]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert "strides do not match" not in done.stderr
-
-
-if __name__ == "__main__":  # one of the two processes
-    dist.init_process_group("gloo")
-    with pytest.MonkeyPatch.context() as patch:
-        again = len(sys.argv) > 2
-        model, plain, graphs = compiled(sys.argv[1], "aot_eager", patch, grad_checkpointing=again)
-    ddp = DistributedDataParallel(model, broadcast_buffers=False)
-    for ratio in 2 * RATIOS[sys.argv[1]][:2]:
-        assert_equal_steps(ddp, plain, ratio, slice(dist.get_rank(), dist.get_rank() + 1))
-    assert 0 < graphs.frame_count <= MOST[sys.argv[1]][0]
-    dist.destroy_process_group()
