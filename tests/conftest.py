@@ -6,6 +6,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import resource
 import runpy
 import signal
 import socket
@@ -62,13 +63,13 @@ def noise_frames(n, height=48, width=64, seed=0):
 @pytest.fixture(autouse=True)
 def process():
     """Put back what a run changes in its process, and end what a test that failed has left."""
-    threads = torch.get_num_threads()
     numbers = signal.SIGTERM, signal.SIGINT, signal.SIGCHLD
     before = {number: signal.getsignal(number) for number in numbers}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     for number, handler in before.items():
         signal.signal(number, handler)
-    torch.set_num_threads(threads)
     for child in multiprocessing.active_children():
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
@@ -115,10 +116,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-SMALL = (
-    "--model vit_demo --img_size 24 --precision fp32 --log_interval 3 --save_minutes 0 "
-    "--batch_size 4 --micro_batch 2 --lr 1e-3"
-)
+SMALL = "--model vit_demo --img_size 24 --precision fp32 --lr 1e-3 --batch_size 4 --micro_batch 2 --log_interval 3"
 STAGES = {  # 11 steps of 4 of 8 videos or keyframes; checkpoints and log lines at 3, 6, 9 and 11
     "mae_pretrain": "--epochs 22 --repeat_aug 4 --clip_grad 0.5 --decoder_embed_dim 32",
     "finetune_cls": "--epochs 11 --repeat_aug 2 --drop_path 0.2 --num_classes 8 --views 2x3",
@@ -129,7 +127,7 @@ STAGES = {  # 11 steps of 4 of 8 videos or keyframes; checkpoints and log lines 
 def line_of(stage, videos, out, *more):
     """The command line of a small run of a stage."""
     where = videos / "ava" if stage == "finetune_ava" else videos
-    line = f"{SMALL} {STAGES[stage]} --num_workers 0 --data {where} --output_dir {out}"
+    line = f"{SMALL} {STAGES[stage]} --save_minutes 0 --num_workers 0 --data {where} --output_dir {out}"
     return " ".join([line, *map(str, more)])
 
 
@@ -182,8 +180,7 @@ def family(pid):
 def start(stage, line, processes=1, harm="", launcher="fork", restarts=0):
     """Start a stage in processes of its own: a Job. harm: code to run first, in each of them.
 
-    launcher: "torchrun" starts it as a user does; "fork" saves the processes the 4 s that it takes to
-    import torch, and gives them the environment that torchrun gives.
+    launcher: "torchrun", as a user does; "fork" saves the 4 s that it takes to import torch.
     """
     output = Path(tempfile.mkdtemp(prefix="stage"), "printed.txt")
     output.touch()
@@ -199,9 +196,8 @@ def start(stage, line, processes=1, harm="", launcher="fork", restarts=0):
         settings = [f"--max-restarts={restarts}", f"--nproc_per_node={processes}"]
         words = [torch.distributed.run.__file__, "--standalone", *settings, *words]
         environments = environments[:1]
-        environments[0]["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = (
-            "1"  # as the README asks for restarts
-        )
+        # As the README asks for restarts.
+        environments[0]["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     elif processes > 1:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -286,7 +282,7 @@ def bad_files(videos, whole, tmp_path_factory):
         "other.csv": "other,0902,0.1,0.1,0.5,0.5,1,0.9\n",
     }.items():
         (folder / name).write_text(text)
-    for stage in ("mae_pretrain", "finetune_cls"):
+    for stage in STAGES:
         checkpoint = checkpoint_of(whole(stage))
         checkpoint["model"]["cls_token"][0, 0, 0] = float("nan")
         torch.save(checkpoint, folder / f"{stage}.pt")
