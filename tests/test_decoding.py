@@ -31,7 +31,7 @@ def decode_all(path):
 def draw_times(duration, seed):
     rng = np.random.RandomState(seed)
     if seed % 2:
-        return rng.uniform(0, duration, 9)  # in any order
+        return rng.uniform(0, duration, 9 if seed == 1 else 1)  # in any order
     clips = [data.clip_times(duration, 16, 4, rng.rand()) for _ in range(seed + 1)]
     return np.concatenate(clips)
 
@@ -51,13 +51,6 @@ def assert_same_frames(path, seeds=5):
             assert np.array_equal(frame.to_ndarray(format="rgb24"), expected)
 
 
-def count_packets(video):
-    """A list of all packets that the video reads from now on."""
-    read, packets = [], video.packets
-    video.packets = lambda *args: (read.append(p) or p for p in packets(*args))
-    return read
-
-
 def numbered_frames(n, height=48, width=64):
     """Pictures that show their number: its bits as bright and dark stripes."""
     bits = np.arange(n)[:, None] >> np.arange(8) & 1
@@ -70,36 +63,30 @@ def read_number(frame):
     return int(((stripes > 120) << np.arange(8)).sum())
 
 
-def rewrite(source, target, change=lambda packets: packets, **settings):
-    """Copy a video without decoding it; change: packets -> those to write."""
+def rewrite(source, target, change, **settings):
+    """Copy a video without decoding it; change: packets -> those to write, some with new content."""
     with av.open(str(source)) as old, av.open(str(target), "w", **settings) as new:
         stream = new.add_stream_from_template(old.streams.video[0])
-        for packet in change([packet for packet in old.demux(video=0) if packet.size]):
-            packet.stream = stream
-            new.mux(packet)
+        for packet, content in change([packet for packet in old.demux(video=0) if packet.size]):
+            copy = av.Packet(content or bytes(packet))
+            copy.pts, copy.dts, copy.time_base = packet.pts, packet.dts, packet.time_base
+            copy.is_keyframe, copy.stream = packet.is_keyframe, stream
+            new.mux(copy)
     return target
 
 
-def with_content(packet, content):
-    copy = av.Packet(content)
-    copy.pts, copy.dts, copy.time_base = packet.pts, packet.dts, packet.time_base
-    copy.is_keyframe = packet.is_keyframe
-    return copy
-
-
-def with_sound(path, codec="libx264", sound="aac", seconds=10):
-    """A picture every 1/30 s for 2 s, and sound that goes on; or for a codec of pictures, a cover."""
+def with_sound(path, codec="libx264", sound="aac", rate=48000):
+    """2 s of video and 10 of sound; the codec mjpeg makes a cover picture."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=30)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        audio = container.add_stream(sound, rate=48000)
+        stream = container.add_stream(codec, rate=30, width=64, height=48)
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         if codec == "mjpeg":
-            stream.pix_fmt, stream.disposition = "yuvj420p", av.stream.Disposition.attached_pic
+            stream.disposition = av.stream.Disposition.attached_pic
+        audio = container.add_stream(sound, rate=48000)
         for picture in noise_frames(1 if codec == "mjpeg" else 60):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            container.mux(stream.encode(frame))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode(None))
-        for i in range(50 * seconds):
+        for i in range(500):
             silence = av.AudioFrame.from_ndarray(np.zeros((2, 960), np.float32), "fltp", "stereo")
             silence.sample_rate, silence.pts = 48000, 960 * i
             container.mux(audio.encode(silence))
@@ -107,14 +94,17 @@ def with_sound(path, codec="libx264", sound="aac", seconds=10):
     return path
 
 
-def cut(path, first=0.0, last=1.0):
-    """Keep the bytes from first to last, as shares of all."""
-    content = path.read_bytes()
-    path.write_bytes(content[int(first * len(content)) : int(last * len(content))])
-    return path
+def count_packets(video):
+    """A list of all packets that the video reads from now on."""
+    read, packets = [], video.packets
+    video.packets = lambda *args: (read.append(p) or p for p in packets(*args))
+    return read
 
 
 OPEN_GOP = {"x264-params": "keyint=12:min-keyint=12:scenecut=0:open-gop=1:bframes=3"}
+GOP = {"g": "30", "bf": "2", "sc_threshold": "0"}
+REFRESH = {"x264-params": "intra-refresh=1:keyint=25:scenecut=0"}
+LAYERS = {"x265-params": "temporal-layers=1:bframes=4:keyint=50:log-level=none"}
 ORDERS = {
     "h264.mp4": dict(options={"g": "20", "bf": "3"}),
     "h264.mkv": dict(options={"g": "250", "bf": "3"}),
@@ -126,19 +116,29 @@ ORDERS = {
     "mpeg4.avi": dict(codec="mpeg4", options={"g": "12", "bf": "2"}),
     "mpeg2.ts": dict(codec="mpeg2video", options={"g": "12", "bf": "2"}),
     "hevc.mp4": dict(codec="libx265", options={"x265-params": "keyint=16:log-level=none"}),
+    "hevc_layers.ts": dict(codec="libx265", options=LAYERS),
+    "all_are_keys.mp4": dict(codec="mpeg4", options={"g": "30"}),  # so its index says
+    "refresh.mp4": dict(options=REFRESH),  # key frames that are no intra pictures
+    "refresh.ts": dict(options=REFRESH),
+    "open_gop.ts": dict(options=OPEN_GOP),
+    "open_gop_mpeg2.avi": dict(codec="mpeg2video", options={"g": "12", "bf": "2"}),
+    "long_group.ts": dict(options={"x264-params": "keyint=90:scenecut=0"}),
 }
 
 
 @pytest.mark.parametrize("name", ORDERS)
 def test_the_frame_at_a_time_shows_the_picture_of_that_time(name, tmp_path):
     path = encode(tmp_path / name, numbered_frames(100), **ORDERS[name])
-    for seed in range(4):
+    if "all_are_keys" in name:
+        path.write_bytes(path.read_bytes().replace(b"stss", b"free"))  # no list of key frames
+    for seed in range(8):
         with data.Video(path) as video:
             times = np.rint(draw_times(video.duration, seed) * 30).clip(0, 99) / 30
             got = video.frames(times)
             seconds = [(frame.pts - video.start) / video.second for frame in got]
         assert [read_number(frame) for frame in got] == np.rint(times * 30).tolist()
         assert seconds == pytest.approx(times.tolist(), abs=0.002)
+    assert_same_frames(path, 8)
 
 
 FILES = {
@@ -153,8 +153,9 @@ FILES = {
 }
 
 
-NO_VIDEOS = "README.md", "corrupted.mp4"
-REAL = sorted(path for path in SHARED_VIDEOS.glob("*.*") if path.name not in NO_VIDEOS)
+NO_VIDEOS = "README.md", "compare.py", "corrupted.mp4", "late_stream_cut.flv", "cover_art_only.ogg"
+REAL = [*SHARED_VIDEOS.glob("*.*"), *SHARED_VIDEOS.parent.glob("hard_videos/*.*")]
+REAL = sorted(path for path in REAL if path.name not in NO_VIDEOS)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -169,6 +170,9 @@ def test_frames_are_those_nearest_to_the_wanted_times(name, tmp_path):
 @pytest.mark.parametrize("path", REAL, ids=lambda path: path.name)
 def test_frames_of_real_files_are_the_nearest_too(path):
     assert_same_frames(path)
+    frames, unit = decode_all(path)
+    with data.Video(path) as video:
+        assert video.duration == pytest.approx((max(frames) - min(frames)) * unit, abs=0.4)
 
 
 def test_a_packet_that_shows_nothing_is_no_frame(tmp_path):
@@ -178,7 +182,7 @@ def test_a_packet_that_shows_nothing_is_no_frame(tmp_path):
         for i, packet in enumerate(packets):
             content = bytearray(bytes(packet))
             content[0] &= ~0x10 if i % 5 == 3 else ~0  # VP8's show_frame
-            yield with_content(packet, content)
+            yield packet, bytes(content)
 
     path = encode(tmp_path / "a.webm", numbered_frames(80), codec="libvpx", options={"g": "20"})
     path = rewrite(path, tmp_path / "hidden.webm", hide)
@@ -194,10 +198,8 @@ def test_corrupt_frames_count_as_missing(tmp_path):
 
     def damage(packets):
         for packet in packets:
-            content = bytearray(bytes(packet))
-            if packet.is_keyframe and packet.pts > 0:
-                content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
-            yield with_content(packet, content)
+            half = packet.size // 2 if packet.is_keyframe and packet.pts else packet.size
+            yield packet, bytes(packet)[:half] + bytes(packet.size - half)
 
     options = {"g": "4", "bf": "0", "sc_threshold": "0"}
     path = encode(tmp_path / "a.mp4", noise_frames(80), options=options)
@@ -210,116 +212,65 @@ def test_corrupt_frames_count_as_missing(tmp_path):
             video.frames(np.arange(4, 44, 4) / 30)
 
 
-GOP, SHORT = {"g": "30", "bf": "2", "sc_threshold": "0"}, {"g": "5", "bf": "0"}
-FRAGMENTS = {"movflags": "frag_keyframe+empty_moov", "avoid_negative_ts": "disabled"}
-LATE = dict(times=range(250, 330))
-LENGTHS = {  # how a file is made: (settings, share of its bytes that is kept), seconds
-    "late.mp4": (LATE, 1, 80 / 30),
-    "late.mkv": (LATE, 1, 80 / 30),
-    "late.ts": (LATE, 1, 80 / 30),
-    "late_fragments.mp4": (LATE, 1, 80 / 30),
-    "sound.mkv": ("libx264", 1, 2),
-    "sound.flv": ("libx264", 1, 2),
-    "sound.ts": ("libx264", 1, 2),
-    "sound.webm": ("libvpx", 1, 2),
-    "raw.m1v": (dict(codec="mpeg1video", options={"g": "12"}), 1, 80 / 30),
-    "raw.m2v": (dict(codec="mpeg2video", options={"g": "12"}), 1, 80 / 30),
-    "cut.mkv": (dict(options=SHORT), 0.5, None),
-    "cut.flv": (dict(options=SHORT), 0.5, None),
-    "cut.avi": (dict(codec="mpeg4", options=SHORT), 0.5, None),
+LATE, SHORT = dict(times=range(250, 330)), dict(options={"g": "5", "bf": "0"})
+LENGTHS = {  # how a file is made
+    **dict.fromkeys(["late.mp4", "late.mkv", "late.ts", "late_fragments.mp4"], LATE),
+    **dict.fromkeys(["sound.mkv", "sound.flv", "sound.ts", "sound.mp4"], "libx264"),
+    "sound.webm": "libvpx",
+    "raw.m1v": dict(codec="mpeg1video", options={"g": "12"}),
+    "raw.m2v": dict(codec="mpeg2video", options={"g": "12"}),
+    **dict.fromkeys(["cut.mkv", "cut.flv", "cut.ts"], SHORT),
+    "cut.avi": SHORT | dict(codec="mpeg4"),
 }
 
 
 @pytest.mark.parametrize("name", LENGTHS)
 def test_the_duration_is_that_of_the_frames(name, tmp_path):
-    settings, share, seconds = LENGTHS[name]
-    if isinstance(settings, str):
-        path = with_sound(tmp_path / name, settings, "libopus" if "webm" in name else "aac")
+    settings, path = LENGTHS[name], tmp_path / name
+    if "sound" in name:
+        with_sound(path, settings, "libopus" if name == "sound.webm" else "aac")
     else:
-        path = encode(tmp_path / name, noise_frames(80), **settings)
+        encode(path, noise_frames(80), **settings)
     if name == "late_fragments.mp4":
-        path = rewrite(path, tmp_path / "fragments.mp4", options=FRAGMENTS)
-    cut(path, last=share)
-    if seconds is None:  # as many as are left
-        frames, unit = decode_all(path)
-        seconds = max(frames) * unit
-        assert 0.5 < seconds < 2.5
+        options = {"movflags": "frag_keyframe+empty_moov+frag_discont"}
+        options["avoid_negative_ts"] = "disabled"
+        source, path = path, tmp_path / "b.mp4"
+        rewrite(source, path, lambda packets: [(p, None) for p in packets], options=options)
+    elif "cut" in name:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    frames, unit = decode_all(path)
     with data.Video(path) as video:
-        assert video.duration == pytest.approx(seconds, abs=0.1)
+        assert video.duration == pytest.approx((max(frames) - min(frames)) * unit, abs=0.1)
 
 
 def test_of_two_files_joined_both_are_used(tmp_path):
-    pictures = numbered_frames(160)
-    parts = [encode(tmp_path / f"{i}.ts", pictures[i : i + 80], options=GOP) for i in (0, 80)]
-    path = tmp_path / "joined.ts"
-    path.write_bytes(b"".join(part.read_bytes() for part in parts))
-    with data.Video(path) as video:
+    parts = [
+        encode(tmp_path / f"{i}.ts", numbered_frames(160)[i : i + 80], options=GOP) for i in (0, 80)
+    ]
+    (tmp_path / "joined.ts").write_bytes(b"".join(part.read_bytes() for part in parts))
+    with data.Video(tmp_path / "joined.ts") as video:
         assert video.duration == pytest.approx(160 / 30, abs=0.1)
         got = [read_number(frame) for frame in video.frames(np.array([3, 77, 85, 159]) / 30)]
     assert np.abs(np.array(got) - [3, 77, 85, 159]).max() <= 1
 
 
-REFRESH = {"x264-params": "intra-refresh=1:keyint=25:scenecut=0"}
+@pytest.mark.parametrize("options", [GOP, OPEN_GOP, REFRESH])
+@pytest.mark.parametrize("name", ["a.ts", "a.mkv"])
+def test_a_file_cut_inside_a_group_begins_with_its_first_decodable_frame(name, options, tmp_path):
+    path = encode(tmp_path / "whole.ts", noise_frames(200), options=options)
+    path.write_bytes(path.read_bytes()[path.stat().st_size // 5 // 188 * 188 :])
+    if (
+        name == "a.mkv"
+    ):  # begins with a key frame, and perhaps with pictures that are shown before it
 
+        def cut(packets):
+            first = next(i for i, packet in enumerate(packets) if packet.is_keyframe)
+            return [(packet, None) for packet in packets[first:]]
 
-@pytest.mark.parametrize("name", ["closed.ts", "open.ts", "refresh.ts", "leading.mkv"])
-def test_a_file_cut_inside_a_group_begins_with_its_first_decodable_frame(name, tmp_path):
-    options = dict(closed=GOP, refresh=REFRESH).get(name.split(".")[0], OPEN_GOP)
-    path = encode(tmp_path / "a.ts", noise_frames(200), options=options)
-    if name == "leading.mkv":  # its first pictures need what is not there
-        path = rewrite(path, tmp_path / name, lambda packets: packets[24:])
-    else:
-        cut(path, first=0.21)
+        path = rewrite(path, tmp_path / name, cut)
     with data.Video(path) as video:
         assert video.start == min(decode_all(path)[0])
     assert_same_frames(path, 3)
-
-
-def call_all_keys(packets):
-    for packet in packets:
-        packet.is_keyframe = True
-        yield packet
-
-
-LAYERS = {"x265-params": "temporal-layers=1:bframes=4:keyint=50:log-level=none"}
-FIELDS = {"x264-params": "interlaced=1:keyint=25"}
-MPEG = {"g": "12", "bf": "2"}
-LIES = {
-    "false_keys.mp4": dict(options=GOP),
-    "false_keys.mkv": dict(codec="mpeg4", options={"g": "250"}),
-    "refresh.mp4": dict(options=REFRESH),
-    "refresh.ts": dict(options=REFRESH),
-    "no_idr.ts": dict(options={"x264-params": "keyint=infinite:scenecut=40:min-keyint=9"}),
-    "layers.mp4": dict(codec="libx265", options=LAYERS),
-    "layers.ts": dict(codec="libx265", options=LAYERS),
-    "fields.ts": dict(options=FIELDS),
-    "open_gop.ts": dict(options=OPEN_GOP),
-    "open_mpeg2.avi": dict(codec="mpeg2video", options=MPEG),
-    "open_mpeg4.ts": dict(codec="mpeg4", options=MPEG),
-    "long_gop.ts": dict(options={"g": "150", "bf": "2"}),
-}
-
-
-@pytest.mark.parametrize("name", LIES)
-def test_frames_do_not_depend_on_what_a_file_claims(name, tmp_path):
-    path = encode(tmp_path / name, numbered_frames(200, 64, 64), **LIES[name])
-    if "false_keys" in name:
-        path = rewrite(path, tmp_path / f"b_{name}", call_all_keys)
-    wanted = np.array([0, 3, 37, 61, 62, 63, 64, 110, 150, 155, 199])
-    for part in (wanted, wanted[2:3], wanted[-3:-1], wanted[-1:]):
-        with data.Video(path) as video:
-            assert [read_number(frame) for frame in video.frames(part / 30)] == part.tolist()
-    assert_same_frames(path, 3)
-
-
-NOT_COMPARED = ".md", ".py", ".ogg", ".flv"  # the last is damaged from its first frame on
-HARD = (p for p in SHARED_VIDEOS.parent.glob("hard_videos/*") if p.suffix not in NOT_COMPARED)
-
-
-@pytest.mark.skipif(not SHARED_VIDEOS.exists(), reason="needs ../shared/hard_videos")
-@pytest.mark.parametrize("path", sorted(HARD), ids=lambda path: path.name)
-def test_frames_of_real_files_that_lie_are_exact(path):
-    assert_same_frames(path, 2)
 
 
 def test_a_packet_without_a_stamp_reaches_the_decoder(tmp_path):
@@ -340,49 +291,52 @@ def test_a_packet_without_a_stamp_reaches_the_decoder(tmp_path):
 def test_a_careful_pass_reads_no_more_than_it_must_and_is_told_of_once(
     tmp_path, monkeypatch, capsys
 ):
-    settings = dict(codec="mpeg4", options=GOP)
-    path = encode(tmp_path / "a.avi", noise_frames(900, 16, 16), **settings)  # decoding times only
     monkeypatch.setattr(data.Video, "careful", 98)
-    for _ in range(3):
+    for name in ["a.avi", "b.avi", "c.avi", "d.mp4"]:
+        path = encode(tmp_path / name, noise_frames(900, 16, 16), codec="mpeg4", options=GOP)
         with data.Video(path) as video:
+            video.reorders = video.leads[0] == 10  # AVI has decoding times only
             read = count_packets(video)
             video.frames([25.0])
-        assert 10 * 30 < len(read) < 13 * 30
-    assert capsys.readouterr().out.count("careful pass") == 1
-    path = encode(tmp_path / "b.mp4", noise_frames(900, 16, 16), options=GOP)
+        assert (300 < len(read) < 390) if name != "d.mp4" else len(read) < 100
+    assert data.Video.careful == 101 and capsys.readouterr().out.count("careful pass") == 1
+
+
+def test_few_packets_are_kept_in_memory(tmp_path, monkeypatch):
+    settings = dict(codec="mjpeg", pix_fmt="yuvj420p")
+    path = encode(tmp_path / "a.mkv", numbered_frames(250, 16), **settings)
+    monkeypatch.setattr(data, "PACKETS", 50)
     with data.Video(path) as video:
         read = count_packets(video)
-        video.frames([28.0])
-    assert len(read) < 100 and data.Video.careful == 101  # sound files need none
+        assert [read_number(frame) for frame in video.frames(np.array([0, 200]) / 30)] == [0, 200]
+        assert len(read) > 250  # once to choose, given up; and once that keeps none
+        del read[:]
+        video.choose(video.start, np.array([0.0, 200.0]) * video.second / 30)
+        assert len(read) == 50
 
 
-def test_what_is_no_regular_file_is_refused_before_it_is_opened(tmp_path, monkeypatch):
-    os.mkfifo(tmp_path / "pipe.mp4")
-    (tmp_path / "folder.mp4").mkdir()
-    monkeypatch.setattr(av, "open", Mock(side_effect=AssertionError("opened")))
-    for path in (tmp_path / "pipe.mp4", tmp_path / "folder.mp4", "/dev/zero", tmp_path / "none"):
-        with pytest.raises(data.VideoError, match="not a regular one"):
-            data.Video(path)
-
-
-def test_what_gives_no_frames_is_refused_for_its_reason(tmp_path):
+def test_what_is_no_video_is_refused_for_its_reason(tmp_path, monkeypatch):
     encode(tmp_path / "part.ts", noise_frames(10))
     hls = "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\npart.ts\n#EXT-X-ENDLIST\n"
-    for name, text in {
-        "list.m3u8": hls,
-        "concat.mp4": "ffconcat version 1.0\nfile part.ts\n",
-    }.items():
-        (tmp_path / name).write_text(text)  # a playlist would read the other file
-    raw = encode(tmp_path / "raw.h264", noise_frames(30)).rename(tmp_path / "raw.mp4")
-    large = encode(tmp_path / "large.mkv", np.zeros((1, 4096, 8200, 3), np.uint8), codec="rawvideo")
-    cover = with_sound(tmp_path / "cover.mp3", "mjpeg", "libmp3lame", seconds=2)
+    (tmp_path / "list.m3u8").write_text(hls)
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile part.ts\n")
+    large = np.zeros((1, 4096, 8200, 3), np.uint8)
+    os.mkfifo(tmp_path / "pipe.mp4")
     for path, reason in {
-        tmp_path / "list.m3u8": "cannot be opened: Invalid argument",
-        tmp_path / "concat.mp4": "cannot be opened: Invalid argument",
-        raw: "no time stamps; to add some: ffmpeg -i a.h264 -c copy a.mp4",
-        large: "frames of 8200 x 4096 pixels",
-        cover: "no video stream",
+        tmp_path
+        / "list.m3u8": "cannot be opened: Invalid argument",  # it would read the other file
+        tmp_path / "list.mp4": "cannot be opened: Invalid argument",
+        encode(
+            tmp_path / "a.h264", noise_frames(30)
+        ): "no time stamps.* ffmpeg -i a.h264 -c copy a.mp4",
+        encode(tmp_path / "large.mkv", large, codec="rawvideo"): "frames of 8200 x 4096 pixels",
+        with_sound(tmp_path / "cover.mp3", "mjpeg", "libmp3lame"): "no video stream",
+        tmp_path / "pipe.mp4": "not a regular one",
+        tmp_path: "not a regular one",
+        "/dev/zero": "not a regular one",
     }.items():
+        if "regular" in reason:
+            monkeypatch.setattr(av, "open", Mock(side_effect=AssertionError("opened")))
         with pytest.raises(data.VideoError, match=reason):
             data.Video(path)
 
@@ -401,24 +355,11 @@ def test_any_error_inside_pyav_is_a_video_error(error, tmp_path, monkeypatch):
         assert read_number(video.frames([0.5])[0]) == 15  # it is read as far as it goes
     with data.Video(path) as video:
         video.codec = Mock(decode=Mock(side_effect=error))
-        with pytest.raises(data.VideoError, match=f"cannot be decoded: .*{error}"):
+        with pytest.raises(data.VideoError, match="cannot be decoded"):
             video.frames([1.0])
     monkeypatch.setattr(av, "open", Mock(side_effect=error))
-    with pytest.raises(data.VideoError, match=f"cannot be opened: .*{error}"):
+    with pytest.raises(data.VideoError, match="cannot be opened"):
         data.Video(path)
-
-
-def test_few_packets_are_kept_in_memory(tmp_path, monkeypatch):
-    settings = dict(codec="mjpeg", pix_fmt="yuvj420p")
-    path = encode(tmp_path / "a.mkv", numbered_frames(250, 16), **settings)
-    monkeypatch.setattr(data, "PACKETS", 50)
-    with data.Video(path) as video:
-        read = count_packets(video)
-        assert [read_number(frame) for frame in video.frames(np.array([0, 200]) / 30)] == [0, 200]
-        assert len(read) > 250  # once to choose, given up; and once that keeps none
-        del read[:]
-        video.choose(video.start, np.array([0.0, 200.0]) * video.second / 30)
-        assert len(read) == 50
 
 
 def test_only_what_wanted_frames_need_is_decoded(tmp_path):
@@ -454,29 +395,6 @@ def test_rotated_videos_come_out_upright(turn, tmp_path):
     assert abs(box.astype(float) - whole[20:120, 40:100]).mean() < 3
 
 
-@pytest.mark.parametrize("pix_fmt", ["pal8", "rgb555le"])
-def test_few_colours_become_many_before_they_are_scaled(pix_fmt, tmp_path):
-    path = tmp_path / "a.avi"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("rawvideo", rate=30)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, pix_fmt
-        palette = np.random.RandomState(0).randint(0, 256, (256, 4)).astype(np.uint8)
-        for picture in noise_frames(60):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            if pix_fmt == "pal8":
-                frame = av.VideoFrame.from_ndarray(
-                    (picture[..., 0].copy(), palette), format=pix_fmt
-                )
-            container.mux(stream.encode(frame.reformat(format=pix_fmt)))
-    with data.Video(path) as video:
-        frames = video.frames([0.1, 1.5])  # a palette comes with the first packet only
-    whole = torch.from_numpy(np.stack([frame.to_ndarray(format="rgb24") for frame in frames]))
-    assert whole[1].float().std() > 30
-    assert torch.equal(data.to_clip(frames, (48, 64)), whole)
-    reference = F.resize(whole.permute(0, 3, 1, 2), [24, 32]).permute(0, 2, 3, 1)
-    assert (data.to_clip(frames, (24, 32)).float() - reference).abs().mean() < 6
-
-
 def test_wanted_frames_far_apart_are_not_read_through(tmp_path, monkeypatch):
     path = encode(tmp_path / "a.mp4", noise_frames(300, 16, 16), options={"g": "30"})
     counts = []
@@ -504,3 +422,22 @@ def test_cutting_and_scaling_in_one_pass_is_cutting_then_scaling(levels, space, 
     assert torch.equal(cut, whole) and cut.dtype == torch.uint8
     reference = F.resize(whole.permute(0, 3, 1, 2), [30, 40]).permute(0, 2, 3, 1)
     assert (data.to_clip(frames, (30, 40), box).float() - reference).abs().mean() < 2
+
+
+@pytest.mark.parametrize("pix_fmt", ["pal8", "rgb555le"])
+def test_few_colours_become_many_before_they_are_scaled(pix_fmt, tmp_path):
+    palette = np.random.RandomState(0).randint(0, 256, (256, 4)).astype(np.uint8)
+    with av.open(str(tmp_path / "a.avi"), "w") as container:
+        stream = container.add_stream("rawvideo", rate=30, width=64, height=48, pix_fmt=pix_fmt)
+        for picture in noise_frames(60):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            if pix_fmt == "pal8":
+                frame = av.VideoFrame.from_ndarray(
+                    (picture[..., 0].copy(), palette), format=pix_fmt
+                )
+            container.mux(stream.encode(frame.reformat(format=pix_fmt)))
+    with data.Video(tmp_path / "a.avi") as video:
+        frames = video.frames([0.1, 1.5])
+    assert frames[1].to_ndarray(format="rgb24").std() > 30  # after a seek
+    many = [frame.reformat(format="rgb24") for frame in frames]
+    assert torch.equal(data.to_clip(frames, (24, 32)), data.to_clip(many, (24, 32)))
