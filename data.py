@@ -151,6 +151,8 @@ def find_videos(args, split, classes=0):
     count = len(names) if names else classes or max(labels) + 1
     if isinstance(classes, int) and classes not in (0, count):
         text = f"{count} classes, not {classes}; if intended, use --num_classes {count}"
+        if split == "val":
+            text = f"{count} classes, but the model knows {classes}"
         raise InputError(f"{source}: {text}")
     if isinstance(labels[0], str):
         numbers = {name: number for number, name in enumerate(names)}
@@ -862,7 +864,8 @@ def load_samples(dataset, keys, together=None, stopping=lambda: False):
                     raise
                 if stopping():
                     raise InputError(
-                        "asked to stop, but no worker sends data; ended at once"
+                        "asked to stop while no worker sent data, so nothing was saved now; "
+                        "the same command resumes from the last checkpoint"
                     ) from None
             else:
                 yield sample
@@ -956,8 +959,7 @@ DEMO_ACTIONS = [*DEMO_SHAPES, *DEMO_MOTIONS]  # of AVA's part, numbered from 1
 
 
 def draw_scene(seed, things, radius, width=56, num_frames=24):
-    """Draw light things moving over a dark, plain background: uint8 (T, H, W, 3), and what is
-    there.
+    """Draw light things moving over a dark background: uint8 (T, H, W, 3), and what is there.
 
     things: (shape, motion, x) of each, None for random; x: its position halfway through, in 0..1.
     radius: its range in pixels. What is there: (shape, motion, boxes (4, T) in pixels) of each

@@ -29,7 +29,7 @@ from data import report_failures, run_test, stateless_seed
 from model import PIXEL_MEAN, RUN_FLAGS, SIZES, STOPPED, Classifier, InputError, Run, autocast
 from model import compile_blocks, cosine_decay, count_flops, fraction, load_for_use, make_optimizer
 from model import make_parser, make_plan, normalize, on_rank0, parameter_groups, parse_with_recipe
-from model import positive, positive_int, print_plan, print_rank0, rank, rate, read_checkpoint
+from model import nonnegative, positive_int, print_plan, print_rank0, rank, rate, read_checkpoint
 from model import resume, run_main, start_from_sines, start_process, world_size, write_json
 
 KINETICS = dict(  # Table 5b: Kinetics fine-tuning. Keys are flags, comments the table's words
@@ -135,21 +135,21 @@ def parse_args(argv=None):
     add("--segments", action=switch, default=False, help="sample frames by segments, as on SSv2")
     add(
         "--rand_augment",
-        type=positive,
+        type=nonnegative,
         nargs=2,
         metavar=("M", "STD"),
         help="M of 10; 0 0 disables it",
     )
     add("--random_erasing", type=fraction, default=0.0, help="probability; mae_st has 0.25")
-    add("--mixup", type=positive, help="alpha; a batch gets MixUp or CutMix; 0 disables it")
-    add("--cutmix", type=positive, help="alpha; 0 disables it")
+    add("--mixup", type=nonnegative, help="alpha; a batch gets MixUp or CutMix; 0 disables it")
+    add("--cutmix", type=nonnegative, help="alpha; 0 disables it")
     add("--label_smoothing", type=fraction, help="share of the target spread over all classes")
     add("--drop_path", type=rate, help="stochastic depth rate of the last block")
     add("--dropout", type=rate, help="before the head")
     add("--layer_decay", type=fraction, help="layer-wise lr decay; 0 trains the head only")
     add("--mask_start", type=rate, default=0.0, help="first mask ratio, of Table 11")
     add = parser.add_argument_group("test").add_argument
-    add("--val_epochs", type=positive, default=0, help="epochs between validations; 0: none")
+    add("--val_epochs", type=nonnegative, default=0, help="epochs between validations; 0: none")
     add("--views", type=views, help="clips x crops per video, such as 7x3")
     add("--eval", action="store_true", help="test the classifier in --init")
     add("--predict", nargs="+", metavar="VIDEO", help="print the most likely classes of videos")

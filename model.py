@@ -813,7 +813,7 @@ def bounded(kind, low, high=1e18):
 
 
 natural, positive_int = bounded(int, 0), bounded(int, 1)
-positive, fraction, rate = bounded(float, 0), bounded(float, 0, 1), bounded(float, 0, 0.999)
+nonnegative, fraction, rate = bounded(float, 0), bounded(float, 0, 1), bounded(float, 0, 0.999)
 
 
 def make_parser(doc, layouts):
@@ -832,7 +832,7 @@ def make_parser(doc, layouts):
     add("--data", help="folder or list of videos (layouts below); by default data/DATASET")
     add("--model", choices=SIZES, help="encoder size; the larger, the better and the slower")
     add("--init", metavar="CHECKPOINT", help="weights to start from, to test or to predict with")
-    add("--epochs", type=positive, help="effective epochs: how often each video is sampled")
+    add("--epochs", type=nonnegative, help="effective epochs: how often each video is sampled")
     add("--output_dir", help="by default runs/STAGE_DATASET_MODEL; to test and predict, by --init")
 
     add = parser.add_argument_group("clips").add_argument
@@ -865,14 +865,16 @@ def make_parser(doc, layouts):
     )
     add(
         "--lr",
-        type=positive,
+        type=nonnegative,
         help="peak learning rate, scaled with --batch_size by default; lower it if the loss jumps",
     )
     add(
-        "--warmup_epochs", type=positive, help="effective epochs; the recipe's shrink with --epochs"
+        "--warmup_epochs",
+        type=nonnegative,
+        help="effective epochs; the recipe's shrink with --epochs",
     )
-    add("--weight_decay", type=positive, help="not applied to biases and norms")
-    add("--clip_grad", type=positive, default=0.0, help="max gradient norm; 0 disables clipping")
+    add("--weight_decay", type=nonnegative, help="not applied to biases and norms")
+    add("--clip_grad", type=nonnegative, default=0.0, help="max gradient norm; 0 disables clipping")
     add(
         "--sine_positions",
         action=switch,
@@ -904,10 +906,10 @@ def make_parser(doc, layouts):
         help="unreadable videos allowed; by default 1 %%, at least 4",
     )
     add("--log_interval", type=positive_int, default=10, help="steps between lines of log.jsonl")
-    add("--save_minutes", type=positive, default=10, help="minutes between checkpoints")
+    add("--save_minutes", type=nonnegative, default=10, help="minutes between checkpoints")
     add(
         "--keep_epochs",
-        type=positive,
+        type=nonnegative,
         default=0,
         help="keep a checkpoint each so many effective epochs; 0 keeps the latest two alone",
     )
@@ -1337,7 +1339,9 @@ class Run:
         if not epochs:
             return False
         before = (self.done - 1) // self.args.log_interval * self.args.log_interval
-        return self.plan.epoch(self.done) // epochs > self.plan.epoch(before) // epochs
+        # Rounded, for 0.3 // 0.1 is 2.
+        now, then = (round(self.plan.epoch(step) / epochs, 9) for step in (self.done, before))
+        return int(now) > int(then)
 
     def record(self, loss, grad_norm):
         """Count a step. Its values stay on the device until the next log point."""
@@ -1498,13 +1502,13 @@ def run_main(main):
     except (InputError, FloatingPointError, OSError) as error:
         message = f"error: {error}"
     except RuntimeError as error:
-        message = f"error: {str(error).splitlines()[0]}"
-        if "DataLoader worker" in message:
-            message += "; if it ran out of memory or shared memory, use fewer --num_workers"
-        elif dist.is_initialized() and re.search("[Cc]onnection|[Tt]imed out|NCCL|gloo", message):
+        message = "error: " + str(error).split("\n")[0]
+        if dist.is_initialized() and re.search("[Cc]onnection|[Tt]imed out|NCCL|gloo", message):
             message += "; another process has ended or does not answer: see its message"
-        else:
+        elif "DataLoader worker" not in message:
             raise
+    if message and "DataLoader worker" in message:
+        message += "; if it ran out of memory or shared memory, use fewer --num_workers"
     if message:  # raised here, not above: a traceback would keep the data workers alive
         sys.exit(f"{Path(sys.argv[0]).name}: {message}")
     if dist.is_initialized():

@@ -6,7 +6,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import resource
 import runpy
 import signal
 import socket
@@ -65,9 +64,7 @@ def process():
     """Put back what a run changes in its process, and end what a test that failed has left."""
     numbers = signal.SIGTERM, signal.SIGINT, signal.SIGCHLD
     before = {number: signal.getsignal(number) for number in numbers}
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     for number, handler in before.items():
         signal.signal(number, handler)
     for child in multiprocessing.active_children():

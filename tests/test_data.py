@@ -44,6 +44,12 @@ def contents(videos):
     return list(zip(paths, labels))
 
 
+def test_videos_of_other_classes_than_the_model_knows_are_not_tested_on(tmp_path):
+    write(tmp_path, "val/a/1.mp4", "val/b/1.mp4")
+    with pytest.raises(InputError, match="val: 2 classes, but the model knows 8$"):
+        find(tmp_path, "val", 8)
+
+
 @pytest.mark.parametrize("separator", [" ", ",", ", ", "\t"])
 def test_lists_have_space_comma_or_tab_and_maybe_a_byte_order_mark(separator, tmp_path):
     names = ["a.mp4", "my videos/b c.mp4", "/abs/d,e.mp4"]

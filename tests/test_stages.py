@@ -187,6 +187,11 @@ def test_kept_checkpoints_stay_and_a_log_line_has_a_mean(whole, videos, tmp_path
     assert run_stage("mae_pretrain", line) == "" and contents(tmp_path / "exact") == before
 
 
+def test_each_multiple_of_a_tenth_of_an_epoch_counts():  # 0.3 // 0.1 is 2
+    run = SimpleNamespace(plan=m.Plan(10, 10, 1, 1, 1), args=SimpleNamespace(log_interval=1))
+    assert all(m.Run.every(SimpleNamespace(done=step, **vars(run)), 0.1) for step in range(1, 11))
+
+
 @pytest.mark.parametrize("minutes, steps", [(100, [11]), (2, [6, 11])])
 def test_checkpoints_follow_the_clock_not_the_passes(minutes, steps, videos, tmp_path, monkeypatch):
     writes, save, record, waited = [], m.Run.save, m.Run.record, Mock()

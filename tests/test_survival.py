@@ -141,7 +141,7 @@ def test_workers_that_hang_die_or_cannot_send_end_a_run_in_one_line(videos, tmp_
             m.run_main(Mock(side_effect=error))
     jobs, harms = {}, dict(nan=HANGING + POISON, memory=FULL_SHM, killed=SLOW)
     ends = dict(again="interrupted; the same command resumes", nan="error: step 1: loss nan")
-    ends |= dict(stop="error: asked to stop, but no worker", memory="error: DataLoader worker (pid")
+    ends |= dict(stop="error: asked to stop while no worker", memory="error: DataLoader worker (pid")
     for name in [*ends, "killed"]:
         more = f"--num_workers {1 + (name == 'killed')} --log_interval 1"
         line = line_of("mae_pretrain", videos, tmp_path / name, more)
@@ -258,8 +258,12 @@ def test_a_full_disk_names_the_file(name, size, stage, more, other_run, videos, 
     (other_run / "checkpoint.pt").unlink()  # the one before, of step 9, is taken
     words = dict(RUN=whole(stage), NEW=other_run / "a", VIDEO=next((videos / "val").glob("val0*")))
     before, more = contents(other_run), re.sub("[A-Z]{3,}", lambda x: str(words[x[0]]), more)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))  # as a full disk
-    message = run_stage(stage, line_of(stage, videos, other_run, more))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))  # as a full disk
+    try:
+        message = run_stage(stage, line_of(stage, videos, other_run, more))
+    finally:  # here, not in a fixture: between the two pytest writes its line, perhaps to a file
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert re.search(rf"error: \S*{name}: cannot be written: .*File too large$", message)
     assert not list(other_run.rglob("*.tmp")) and m.find_checkpoint(other_run)
     assert name != "log.jsonl" or contents(other_run) == before
