@@ -15,6 +15,7 @@ processes change nothing, and a resumed run needs no generator states.
 
 import contextlib
 import csv
+import ctypes
 import functools
 import hashlib
 import io
@@ -39,13 +40,14 @@ from av.video.frame import PictureType
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import RandomResizedCrop
 
-from model import InputError, append, check_failures, cores, gather, progress, rank
-from model import world_size, writing
+from model import InputError, append, check_failures, cores, gather, progress, rank, world_size
+from model import writing
 
 FPS = 30  # --sampling_rate counts in frames of this rate: 16 frames, every 4th, span 64 / 30 s
 SPLITS = {"train": ["train"], "val": ["val", "validate", "validation"]}  # their names on disk
 VIDEO_SUFFIXES = "mp4|mkv|webm|avi|mov|m4v|mpg|mpeg|flv|wmv|3gp|ts"
 is_video = re.compile(rf"(?is)^(?!\._).*\.({VIDEO_SUFFIXES})$").match  # macOS adds ._a.mp4
+# Hidden files, videos and archives may be named after a split, too.
 is_no_list = re.compile(rf"(?i)\.|.*\.({VIDEO_SUFFIXES}|zip|tar|gz)$").match
 
 LAYOUTS = """\
@@ -65,7 +67,7 @@ def stateless_seed(*numbers):
     """A seed derived from integers >= 0 alone, such as (seed, pass, index, repeat)."""
     # Their count comes first, or (seed, pass) would equal (seed, pass, 0, 0).
     state = np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, np.uint64)
-    return int(state[0] >> np.uint64(1))
+    return state.item() >> 1
 
 
 def short_hash(*arrays):
@@ -98,9 +100,7 @@ class VideoList:
     def path(self, index):
         return os.path.join(self.root, os.fsdecode(self.paths[index]))
 
-    def name(self, index):
-        """What messages call a video."""
-        return self.path(index)
+    name = path  # what messages call a video
 
     @property
     def digest(self):
@@ -128,6 +128,7 @@ def find_videos(args, split, classes=0):
         folders = [data / name for name in SPLITS[split] if (data / name).is_dir()]
         source = root = folders[0] if folders else data
         pairs = read_folders(root, split)
+        # Without train/ and val/, DATA itself is a folder of videos, to train on without labels.
         if not folders and (split == "val" or classes != 0):
             class_folders = None not in dict(pairs).values() and not (data / "train").is_dir()
             if pairs and class_folders:
@@ -146,17 +147,16 @@ def find_videos(args, split, classes=0):
     # Names are numbered as class folders are sorted; the labels of a list may be numbers.
     if isinstance(classes, list):
         names = classes
-    elif isinstance(labels[0], str):
+    if isinstance(labels[0], str):
         names = names or sorted(set(labels))
+        numbers = {name: number for number, name in enumerate(names)}
+        labels = [numbers.get(label, len(names)) for label in labels]
     count = len(names) if names else classes or max(labels) + 1
     if isinstance(classes, int) and classes not in (0, count):
         text = f"{count} classes, not {classes}; if intended, use --num_classes {count}"
         if split == "val":
             text = f"{count} classes, but the model knows {classes}"
         raise InputError(f"{source}: {text}")
-    if isinstance(labels[0], str):
-        numbers = {name: number for number, name in enumerate(names)}
-        labels = [numbers.get(label, count) for label in labels]
     if max(labels) >= count:
         path, label = pairs[labels.index(max(labels))]
         raise InputError(f"{source}: class {label!r} of {path} is not among the {count} classes")
@@ -182,7 +182,7 @@ def read_entries(file, convert, expected, parse=None, unit="line"):
     Those that become None are left out. Whatever is wrong with a file becomes an InputError that
     names it, the entry, and what was expected.
     """
-    number, entry = 0, ""
+    number, entry = 0, ""  # 0: while the file as a whole is read
     try:
         text = Path(file).read_text(encoding="utf-8-sig")
         entries = parse(text) if parse else csv.reader(io.StringIO(text), skipinitialspace=True)
@@ -190,14 +190,13 @@ def read_entries(file, convert, expected, parse=None, unit="line"):
         for entry in entries:
             if entry not in ("", []) and (value := convert(entry)) is not None:
                 yield value
-            number, entry = number + 1, ""
-    except (*WRONG_TEXT, csv.Error) as error:
+            number, entry = number + 1, ""  # the next one may not even be parsed
+    except Exception as error:
         found = f"{','.join(entry) if isinstance(entry, list) else entry}"[:99]
         place = f"{file}, {unit} {number}: {found!r}" if number else file
         raise InputError(f"{place}: {error}; expected {expected}, in UTF-8") from None
 
 
-WRONG_TEXT = ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError
 LINES = "'path label' or 'path,label', or label,youtube_id,time_start,time_end,split with a header"
 
 # A list reader takes (file, folder of the videos, split). It returns None for a format it does not
@@ -252,8 +251,8 @@ def read_list(file, root, split):
     """A plain list: lines of a path and a label, quoted or not, perhaps below a header."""
 
     def parse(text):
-        header, *lines = (line.strip() for line in text.split("\n"))
-        return [header if "." in header else "", *lines]
+        first, *lines = (line.strip() for line in text.split("\n"))
+        return [first if "." in first else "", *lines]  # a header has no suffix
 
     def convert(line):
         # A path has a suffix. A label is a number, or it has a letter.
@@ -300,7 +299,7 @@ def files_below(folder, wanted=is_video):
         if listing is None:
             continue
         path, subfolders, files = listing
-        identity = os.stat(path)[1:3]
+        identity = os.stat(path)[1:3]  # inode and device
         if identity not in seen:  # links may loop
             folders += sorted(os.path.join(name, subfolder) for subfolder in subfolders)
             found += [os.path.join(name, file) for file in files if wanted(file)]
@@ -366,20 +365,19 @@ class Video:
     """
 
     container = None
-    careful = 0  # videos of this process that took a careful pass
+    can_seek = True
+    careful = 0  # careful passes in this process
 
     @video_errors("cannot be opened")
     def __init__(self, path):
         self.path = path
         self.deadline = time.monotonic() + DECODE_LIMIT
-        stamps = self.stamps(-math.inf, -math.inf)
+        stamps = self.stamps(-math.inf, -math.inf)  # opens it; of the first packets alone
         name = self.container.format.name
         self.reorders = name == "avi" and self.codec.has_b_frames  # its stamps are decoding times
-        self.leads = (1, 10, math.inf)[self.reorders :]  # seconds: a fast pass, two careful ones
         # A file may begin inside a group of pictures: look for the first frame that comes out.
         if name in STREAMS or [*stamps][:1] != sorted(stamps)[:1]:
-            stamps = {}
-            self.attempt(np.array([-1e15]), math.inf, stamps)
+            stamps, _ = self.decode_all(np.array([-1e15]), math.inf)  # nearest to long ago
         if not stamps:
             raise VideoError("has no time stamps; to add some: ffmpeg -i a.h264 -c copy a.mp4")
         self.start = min(stamps)
@@ -394,11 +392,9 @@ class Video:
             raise VideoError("cannot be opened: no such file, or not a regular one")
         if self.container:
             self.container.close()
+        options = {"format_whitelist": FORMATS}
         self.container = av.open(
-            str(self.path),
-            metadata_errors="ignore",
-            timeout=DECODE_LIMIT,
-            options={"format_whitelist": FORMATS},
+            str(self.path), metadata_errors="ignore", timeout=DECODE_LIMIT, options=options
         )
         streams = self.container.streams.video
         streams = [s for s in streams if s.codec_context and not s.disposition & COVER]
@@ -410,6 +406,7 @@ class Video:
             raise VideoError(f"has frames of {self.codec.width} x {self.codec.height} pixels")
         self.codec.thread_count = 1  # the workers are the threads
         self.second = float(1 / self.stream.time_base)
+        self.can_seek &= self.codec.pix_fmt != "pal8"  # a palette may come with the first packet
 
     def __enter__(self):
         return self
@@ -425,10 +422,11 @@ class Video:
         """
         try:
             self.container.seek(int(first), stream=self.stream)
-        except (AttributeError, OverflowError, av.error.FFmpegError):
-            self.open()  # for the first time, or once more to begin at the start
+            self.codec.flush_buffers()
+        except Exception:
+            self.open()  # not open yet, -inf, or no seek is possible: begin at the start
         packets = self.container.demux(self.stream)
-        shift = later = 0
+        shift = later = 0  # what stamps go on by; shown packets after `last`
         latest = -math.inf
         while later <= REORDER:
             if time.monotonic() > self.deadline:
@@ -440,7 +438,7 @@ class Video:
             if packet.dts is not None:
                 if packet.dts < latest - self.second:
                     shift += latest - packet.dts
-                    self.leads = (math.inf,)  # no seek finds its way
+                    self.can_seek = False
                 latest = packet.dts
             if packet.pts is not None:
                 packet.pts += shift
@@ -464,44 +462,73 @@ class Video:
         times = np.clip(self.start + np.asarray(times, float) * self.second, self.start, self.end)
         ordered = np.unique(times)
         far = np.flatnonzero(np.diff(ordered) > READ_THROUGH * self.second) + 1
-        for lead in self.leads:
-            found = {}
-            groups = np.split(ordered, far if lead < math.inf else [])
-            damaged = sum(self.attempt(group, lead, found) for group in groups)
-            if not damaged:
+        found = {}
+        damaged = 0
+        for group in np.split(ordered, far):
+            fast = self.can_seek and not self.reorders
+            part = self.decode_chosen(group) if fast else None
+            if part is None:
+                Video.careful += 1
+                if Video.careful == 100:
+                    print("decoding took a careful pass 100 times: loading is slow for such files")
+                part, damaged = self.decode_all(group, 10 if self.can_seek else math.inf)
+            if damaged:
+                found, damaged = self.decode_all(ordered, math.inf)
                 break
+            found |= part
         if damaged > len(ordered) / 2:
             raise VideoError(f"{damaged} of {len(ordered)} wanted frames cannot be decoded")
-        if lead > 1:
-            Video.careful += 1
-            if Video.careful == 100:
-                print("100 videos took a second, careful pass: loading is slower than it could be")
-        stamps = sorted(found)
-        return [found[stamps[i]] for i in nearest(stamps, times)]
+        return [found[stamp] for stamp in nearest(found, times)]
 
-    def attempt(self, times, lead, found):
-        """Add {time stamp: frame} of the frames nearest to times (time stamps) to found.
+    def decode_chosen(self, times):
+        """The fast pass: {time stamp: frame} of the frames nearest to times, from few packets.
 
-        lead: seconds before them to begin at; 1 is the fast pass. Returns how many are damaged.
+        None if anything looks off.
         """
-        if lead == 10:
-            self.open()  # a new decoder, so that nothing of the fast pass stays in it
-        first = times[0] - lead * self.second
-        wanted = set()
-        if lead == 1:
-            packets, wanted = self.choose(first, times)
-        else:
-            packets = self.packets(first, math.inf)
-        intra = lead == math.inf or None
-        frames = np.full(len(times), None)
-        distance = np.full(len(times), np.inf)
-        damaged = [1e99]
-        waiting = []
-        later = 0
-        for packet in itertools.chain(packets, [None]):
+        first = times[0] - self.second
+        packets = list(itertools.islice(self.packets(first, times[-1]), PACKETS))
+        shown = {p.pts for p in packets if not p.is_discard}
+        if len(packets) == PACKETS or None in shown or min(shown, default=math.inf) > times[0]:
+            return None
+        wanted = set(nearest(shown, times))
+        chosen = [None] * (len(packets) + 1)  # None: a gap, or the end
+        keys = [i for i, packet in enumerate(packets) if packet.is_keyframe]
+        for i, packet in enumerate(packets):
+            if packet.pts in wanted:
+                # Frames shown before a key frame may need those before it: start at an earlier one.
+                key = max((k for k in keys if k <= i and packets[k].pts <= packet.pts), default=i)
+                chosen[key : i + 1] = packets[key : i + 1]
+        found = {}
+        begins = True  # until a piece's first frame came out, which must be an intra picture
+        for packet, _ in itertools.groupby(chosen):  # one None for each gap
             if self.codec.name == "h264":  # leave out what is neither wanted nor referred to
-                skip = wanted and packet and packet.pts not in wanted
+                skip = packet and packet.pts not in wanted
                 self.codec.skip_frame = "NONREF" if skip else "DEFAULT"
+            for frame in self.codec.decode(packet):
+                begins = begins and frame.pict_type != PictureType.I
+                # Interlaced: a packet may be one field, half a frame.
+                if begins or frame.is_corrupt or frame.interlaced_frame:
+                    return None
+                if frame.pts in wanted:
+                    found[frame.pts] = frame
+            if packet is None:
+                self.codec.flush_buffers()
+                begins = True
+        return found if len(found) == len(wanted) else None
+
+    def decode_all(self, times, lead):
+        """The careful pass, from `lead` seconds before: {time stamp: frame} of the frames that came
+        out nearest to times, and how many of these are damaged.
+        """
+        self.open()  # a new decoder, in which nothing of an earlier pass is left
+        frames = np.full(len(times), None)  # the nearest intact frame to each time, so far
+        distance = np.full(len(times), np.inf)
+        damaged = [1e99]  # stamps of what is damaged; the first is far from all times
+        intra = lead == math.inf or None  # whether it began with an intra picture; None: not known
+        waiting = []  # frames that came out, not looked at yet
+        later = 0  # frames shown after the last time
+        packets = self.packets(times[0] - lead * self.second, math.inf)
+        for packet in itertools.chain(packets, [None]):
             try:
                 out = self.codec.decode(packet)  # None: what the decoder still holds
             except av.error.FFmpegError:
@@ -513,49 +540,26 @@ class Video:
                     frame.pts = stamp
             while len(waiting) > (REORDER if self.reorders and packet else 0):
                 frame = waiting.pop(0)
-                if intra is None:
-                    # A seek may have led too far; a palette may come with a file's first packet.
-                    intra = frame.pict_type == PictureType.I and frame.format.name != "pal8"
-                    intra = intra and (lead == 1 or frame.pts <= times[0])
-                # Fields may be packets of their own: a chosen one may be half a frame.
-                if not intra or frame.is_corrupt or (wanted and frame.interlaced_frame):
+                if intra is None:  # the seek may have led too far
+                    intra = frame.pict_type == PictureType.I and frame.pts <= times[0]
+                if not intra or frame.is_corrupt:
                     damaged.append(frame.pts)
-                elif not wanted or frame.pts in wanted:
+                else:
                     away = abs(times - frame.pts)
                     frames[away < distance] = frame
                     distance = np.minimum(away, distance)
                 later += frame.pts > times[-1]
-            if packet is None:
-                self.codec.flush_buffers()
-                intra = None
             if later > REORDER:
                 break
-        found |= {frame.pts: frame for frame in frames if frame}
-        if wanted:
-            return len(wanted - found.keys()) + len(damaged) - 1
-        return sum(abs(np.subtract.outer(times, damaged)).min(1) < distance)
-
-    def choose(self, first, times):
-        """What the frames nearest to times need: packets, None for a gap; and their time stamps."""
-        packets = list(itertools.islice(self.packets(first, times[-1]), PACKETS))
-        shown = {p.pts for p in packets if not p.is_discard}
-        if len(packets) == PACKETS or None in shown or min(shown, default=math.inf) > times[0]:
-            return [], {None}  # nothing to choose by
-        shown = sorted(shown)
-        wanted = {shown[i] for i in nearest(shown, times)}
-        chosen = [None] * len(packets)
-        keys = [i for i, packet in enumerate(packets) if packet.is_keyframe]
-        for i, packet in enumerate(packets):
-            if packet.pts in wanted:
-                # Frames shown before a key frame may need those before it: start at an earlier one.
-                key = max((k for k in keys if k <= i and packets[k].pts <= packet.pts), default=i)
-                chosen[key : i + 1] = packets[key : i + 1]
-        return [packet for packet, _ in itertools.groupby(chosen)], wanted
+        found = {frame.pts: frame for frame in frames if frame}
+        # Damaged: something damaged is nearer to a time than what is intact.
+        return found, sum(abs(np.subtract.outer(times, damaged)).min(1) < distance)
 
 
-def nearest(sorted_values, targets):
-    """For each target the index of the nearest value; the earlier one in a tie."""
-    return abs(np.subtract.outer(targets, sorted_values)).argmin(-1)
+def nearest(values, targets):
+    """For each target the nearest of the values; the lower one in a tie."""
+    values = np.array(sorted(values))
+    return values[abs(np.subtract.outer(targets, values)).argmin(-1)]
 
 
 def upright_size(frame):
@@ -589,16 +593,16 @@ def to_clip(frames, size, box=None, flip=False):
         *["hflip"] * flip,
         "buffersink",
     ]
-    pictures = {}
     graph = av.filter.Graph()
-    with contextlib.suppress(AttributeError):  # PyAV before 17 cannot set it
-        graph.threads = 1  # the workers are the threads
+    graph.threads = 1  # the workers are the threads
     graph.link_nodes(*(graph.add(*step.split("=", 1)) for step in steps)).configure()
-    for frame in frames:
-        if frame not in pictures:
-            graph.push(frame.reformat(first.width, first.height, kind))  # the size may change
-            pictures[frame] = torch.from_numpy(graph.pull().to_ndarray())
-    return torch.stack([pictures[frame] for frame in frames])
+
+    @functools.cache  # frames may repeat
+    def picture(frame):
+        graph.push(frame.reformat(first.width, first.height, kind))  # the size may change
+        return torch.from_numpy(graph.pull().to_ndarray())
+
+    return torch.stack([picture(frame) for frame in frames])
 
 
 # -------------------------------------------------------------------------------------- sampling
@@ -623,16 +627,20 @@ def read_clips(video, times):
     return [[next(frames) for _ in clip] for clip in times]
 
 
-class TrainDataset(Dataset):
+class VideoDataset(Dataset):
+    """Samples made from a list of videos, or of keyframes."""
+
+    def __init__(self, videos, args):
+        self.videos = videos
+        self.args = args  # the stage's arguments
+
+
+class TrainDataset(VideoDataset):
     """Samples to train on, indexed by (pass, index): the dicts that load(index, pass) returns.
 
     An unreadable video is replaced by another, also drawn from (pass, index); "failures" lists
     them: [(index, reason)].
     """
-
-    def __init__(self, videos, args):
-        self.videos = videos
-        self.args = args  # the stage's arguments
 
     def __getitem__(self, key, attempts=20):
         pass_number, index = key
@@ -649,12 +657,8 @@ class TrainDataset(Dataset):
         raise VideoError("\n".join([f"{attempts} videos in a row cannot be read:", *reasons]))
 
 
-class TestDataset(Dataset):
+class TestDataset(VideoDataset):
     """Samples to test on: dicts of "index" and what load(index) returns, or "failure": a reason."""
-
-    def __init__(self, videos, args):
-        self.videos = videos
-        self.args = args
 
     def __len__(self):
         return len(self.videos)
@@ -744,8 +748,8 @@ class MultiViewDataset(TestDataset):
     def boxes(self, height, width):
         """S squares of the shorter side along the longer one, touching both its ends."""
         short = min(height, width)
-        shifts = [round(abs(height - width) * place) for place in spread(self.views[1])]
-        return [(s, 0, short, short) if height > width else (0, s, short, short) for s in shifts]
+        down, right = height - short, width - short  # one of them is 0
+        return [(round(down * p), round(right * p), short, short) for p in spread(self.views[1])]
 
 
 def spread(n):
@@ -790,13 +794,13 @@ class Batches:
         self.device = device
         # Workers hand over one video at a time, since whole batches need far more shared memory;
         # small ones go together, since each hand-over takes a millisecond.
-        clips = plan.clips // args.batch_size * plan.micro_batch
+        clips = plan.clips // args.batch_size * plan.micro_batch  # in a micro-batch
         small = clips * args.num_frames * args.img_size**2 * 3 < 2**23  # bytes
         self.parts = 1 if small else plan.micro_batch  # that make a micro-batch
+        together = plan.micro_batch // self.parts  # videos in a part
         keys = (key for step in range(start, plan.steps) for key in self.keys(step, rank()))
-        together = plan.micro_batch // self.parts
-        self.samples = load_samples(dataset, keys, together, lambda: self.stopping)
         self.stopping = False  # whether the run was asked to stop
+        self.samples = load_samples(dataset, keys, together, lambda: self.stopping)
         self.waited = 0.0  # seconds
         self.failures = []
         self.close = self.samples.close
@@ -845,7 +849,7 @@ def load_samples(dataset, keys, together=None, stopping=lambda: False):
             collate_fn=collate if together else None,
             num_workers=number,
             pin_memory=args.device.startswith("cuda"),
-            worker_init_fn=ignore_signals,
+            worker_init_fn=start_worker,
             timeout=5 if number else 0,
         )
     )
@@ -878,8 +882,11 @@ def load_samples(dataset, keys, together=None, stopping=lambda: False):
         signal.signal(signal.SIGCHLD, handler)
 
 
-def ignore_signals(_):
-    """Ctrl-C and SIGTERM reach workers, too; they must work on until the run has saved."""
+def start_worker(_):
+    """Workers ignore Ctrl-C and SIGTERM, to work on until the run has saved, and end with it."""
+    if hasattr(libc := ctypes.CDLL(None), "prctl"):
+        PR_SET_PDEATHSIG = 1
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # when the main process ends
     # What does not fit in shared memory is an end, not a sample that never comes.
     multiprocessing.queues.Queue._on_queue_feeder_error = lambda *_: os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -891,14 +898,13 @@ def run_test(dataset, device, function):
 
     Returns {index: value}, and {index: reason} of the unreadable ones, on all processes.
     """
-    rounds = math.ceil(len(dataset) / world_size())
     last = len(dataset) - 1
-    # Equally many on each process
-    mine = [min(rank() + world_size() * i, last) for i in range(rounds)]
+    # Equally many on each process: some take the last one again
+    mine = [min(first + rank(), last) for first in range(0, len(dataset), world_size())]
     values = {}
     failures = {}
     samples = load_samples(dataset, mine)
-    for i, sample in enumerate(progress(samples, rounds)):
+    for i, sample in enumerate(progress(samples, len(mine))):
         if i % 20 == 0:
             gather(None)  # else a slow process may lag until the others time out
         if "failure" in sample:
@@ -927,15 +933,20 @@ def report_failures(args, videos, failures):
 
 # ------------------------------------------------------------------------------------------ demo
 
-DEMO_MOTIONS = ("rises", "falls", "slides", "swells")
+DEMO_MOTIONS = {  # how far to the right and down, in heights of a frame, and how much larger
+    "rises": (0, -0.4, 0),
+    "falls": (0, 0.4, 0),
+    "slides": (0.4, 0, 0),
+    "swells": (0, 0, 0.5),
+}
 DEMO_HEIGHT, DEMO_FPS = 48, Fraction(15, 2)  # every 4th of 30 frames a second: all that clips use
 DEMO_VIDEOS = {  # videos of each split
     "mae_pretrain": dict(train=2400, val=8),  # to pre-train on
-    "finetune_cls": dict(train=40, val=400),  # a few labelled ones, and more to test on
-    "finetune_ava": dict(train=100, val=100),  # movies of two things
+    "finetune_cls": dict(train=200, val=400),  # a few labelled ones, and more to test on
+    "finetune_ava": dict(train=200, val=100),  # movies of two things
 }
 DEMO_SECONDS = 902, 904  # that are annotated; a movie starts at 900
-DEMO_VERSION = "7"  # of the drawings: a change makes the demo anew
+DEMO_VERSION = "8"  # of the drawings: a change makes the demo anew
 
 
 def bar(x, y, left, top, right, bottom):
@@ -958,49 +969,45 @@ DEMO_SHAPES = {  # classes; roughly the signed distance to the outline of a shap
 DEMO_ACTIONS = [*DEMO_SHAPES, *DEMO_MOTIONS]  # of AVA's part, numbered from 1
 
 
-def draw_scene(seed, things, radius, width=56, num_frames=24):
-    """Draw light things moving over a dark background: uint8 (T, H, W, 3), and what is there.
+def draw_scene(seed, things, radius, width=56, num_frames=20):
+    """Draw things of any color that move before a background of any other.
 
     things: (shape, motion, x) of each, None for random; x: its position halfway through, in 0..1.
-    radius: its range in pixels. What is there: (shape, motion, boxes (4, T) in pixels) of each
-    thing.
+    radius: its range in pixels. Returns the video, uint8 (T, H, W, 3), and (shape, motion, boxes
+    (T, 4) in pixels) of each thing.
     """
     rng = np.random.RandomState(seed)
-    H, W, T = DEMO_HEIGHT, width, num_frames
-    background = rng.uniform(0, 100, 3)
-    colors = rng.uniform(155, 255, (len(things), 3))
-    y, x = np.mgrid[:H, :W].astype(np.float32)
-    slope = rng.uniform(-30, 30, 2)
-    picture = (slope[0] * (x / W - 0.5) + slope[1] * (y / H - 0.5))[..., None] + background
-    t = np.arange(T, dtype=np.float32).reshape(-1, 1, 1) / T - 0.5
+    height = DEMO_HEIGHT
+    colors = np.zeros((1 + len(things), 3))
+    while (abs(colors[1:] - colors[0]).sum(1) < 300).any():  # things must stand out
+        colors = rng.uniform(0, 255, colors.shape)
+    t, y, x = np.mgrid[:num_frames, :height, :width]
+    t = t / num_frames - 0.5
+    shade = (x / width - 0.5) * rng.uniform(-30, 30) + (y / height - 0.5) * rng.uniform(-30, 30)
+    video = colors[0] + shade[..., None]  # (T, H, W, 3)
     drawn = []
-    for (shape, motion, place), color in zip(things, colors):
+    for (shape, motion, place), color in zip(things, colors[1:]):
         shape = shape or rng.choice([*DEMO_SHAPES])
-        motion = motion or rng.choice(DEMO_MOTIONS)
-        size = rng.uniform(*radius)
-        path = 0.4 * t
-        angle = rng.uniform(-0.2, 0.2)
-        center_x, center_y = ((place, 0.5) + rng.uniform(-0.05, 0.05, 2)) * (W, H)
-        if motion in ("rises", "falls"):
-            center_y = center_y + {"rises": -H, "falls": H}[motion] * path
-        elif motion == "slides":
-            center_x = center_x + rng.choice([-H, H]) * path
-        else:
-            size = size * (1 + 1.2 * path)
-        u = (x - center_x) / size
-        v = (y - center_y) / size
+        motion = motion or rng.choice([*DEMO_MOTIONS])
+        right, down, growth = DEMO_MOTIONS[motion]
+        center_x, center_y = ((place, 0.5) + rng.uniform(-0.05, 0.05, 2)) * (width, height)
+        center_x = center_x + right * height * t
+        center_y = center_y + down * height * t
+        scale = rng.uniform(*radius) * (1 + growth * t)
+        angle = rng.uniform(-0.1, 0.1)
+        u = (x - center_x) / scale
+        v = (y - center_y) / scale
         u, v = u * np.cos(angle) - v * np.sin(angle), u * np.sin(angle) + v * np.cos(angle)
-        inside = (0.5 - DEMO_SHAPES[shape](u, v) * size).clip(0, 1)[..., None]  # soft at the edge
-        picture = picture * (1 - inside) + inside * color
-        box = center_x - size, center_y - size, center_x + size, center_y + size
-        drawn.append((shape, motion, [np.broadcast_to(side, t.shape).ravel() for side in box]))
-    return picture.clip(0, 255).astype(np.uint8), drawn
+        inside = (0.5 - DEMO_SHAPES[shape](u, v) * scale).clip(0, 1)[..., None]  # with a soft edge
+        video += inside * (color - video)
+        box = center_x - scale, center_y - scale, center_x + scale, center_y + scale
+        drawn.append((shape, motion, np.stack(box, 3)[:, 0, 0]))  # alike at all pixels of a frame
+    return video.clip(0, 255).astype(np.uint8), drawn
 
 
 def write_scene(task):
     """Write a scene to a file: (path, arguments of draw_scene). Returns what is there."""
     path, scene = task
-    path.parent.mkdir(parents=True, exist_ok=True)
     picture, drawn = draw_scene(**scene)
     write_video(path, picture, DEMO_FPS, crf=20)
     return drawn
@@ -1043,7 +1050,7 @@ def make_demo_videos(part, folder):
     for split, count in DEMO_VIDEOS[part].items():
         for i in range(count):
             shape = shapes[i % 8]
-            motion = DEMO_MOTIONS[(i // 2 + i // 8) % 4]
+            motion = [*DEMO_MOTIONS][(i // 2 + i // 8) % 4]
             seed = stateless_seed(i, split == "val", part == "finetune_cls") % 2**32
             scene = dict(seed=seed, things=[(shape, motion, 0.5)], radius=(15, 17))
             label = shape if part == "finetune_cls" else ""
@@ -1053,28 +1060,27 @@ def make_demo_videos(part, folder):
 
 def make_demo_ava(part, folder):
     """Movies with two things each, and AVA's files about them; detected boxes are a little off."""
-    notes, size = folder / "annotations", np.array([72, DEMO_HEIGHT] * 2)  # of a frame, for boxes
+    notes, size = folder / "annotations", (72, DEMO_HEIGHT) * 2  # of a frame, for boxes
     numbers = {name: number for number, name in enumerate(DEMO_ACTIONS, 1)}
     things = [(None, None, 0.28), (None, None, 0.72)]
     for split, count in DEMO_VIDEOS[part].items():
         tasks = []
-        truth = []
-        detected = []
         for i in range(count):
             seed = stateless_seed(i, split == "val", 2) % 2**32
             scene = dict(seed=seed, things=things, radius=(11, 13.5), width=72, num_frames=48)
             tasks.append((folder / "videos" / f"{split}{i:04d}.mp4", scene))
+        truth = []
+        detected = []
         rng = np.random.RandomState(split == "val")
         for (path, _), drawn in zip(tasks, write_scenes(tasks)):
-            for second, person in itertools.product(DEMO_SECONDS, range(len(things))):
-                shape, motion, boxes = drawn[person]
-                box = np.array(boxes)[:, int((second - 900) * DEMO_FPS)] / size
-                off = box + rng.normal(0, 0.01, 4)
-                score = round(rng.uniform(0.75, 1), 3)
-                for name in {shape, motion} & numbers.keys():
-                    row = [path.stem, f"{second:04d}"]
-                    truth.append([*row, *box.clip(0, 1).round(3), numbers[name], person])
-                    detected.append([*row, *off.clip(0, 1).round(3), numbers[name], score])
+            for second in DEMO_SECONDS:
+                for person, (*actions, boxes) in enumerate(drawn):
+                    key = path.stem, f"{second:04d}"
+                    box = boxes[int((second - 900) * DEMO_FPS)] / size
+                    off = (box + rng.normal(0, 0.01, 4)).clip(0, 1)
+                    for number in map(numbers.get, actions):
+                        truth.append([*key, *box.clip(0, 1), number, person])
+                        detected.append([*key, *off, number, 0.9])
         write_csv(notes / f"ava_{split}_v2.2.csv", truth)
         write_csv(notes / f"ava_detection_{split}_boxes_and_labels.csv", detected)
     entries = [f'item {{\n  name: "{name}"\n  id: {i}\n}}\n' for name, i in numbers.items()]
@@ -1082,8 +1088,7 @@ def make_demo_ava(part, folder):
 
 
 def write_csv(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
+    with writing(path) as beside, open(beside, "w", newline="") as file:
         csv.writer(file).writerows(rows)
 
 
@@ -1092,7 +1097,7 @@ def write_video(path, frames, fps, crf=18):
     needs even sizes.
     """
     height, width = (n // 2 * 2 for n in frames.shape[1:3])
-    frames = np.ascontiguousarray(np.asarray(frames)[:, :height, :width])
+    frames = np.ascontiguousarray(frames[:, :height, :width])
     file = io.BytesIO()  # a full disk would pass unnoticed
     with av.open(file, "w", format="mp4") as container:
         options = {"crf": str(crf), "preset": "veryfast"}
@@ -1103,6 +1108,6 @@ def write_video(path, frames, fps, crf=18):
         stream.codec_context.thread_count = 1
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode(None))
+        container.mux(stream.encode())
     with writing(path) as beside:
         beside.write_bytes(file.getvalue())

@@ -26,7 +26,6 @@ import model  # noqa: F401, before torch: it sets how torch's threads wait
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torchvision.io import encode_png
 from torchvision.ops import box_iou
 from torchvision.utils import draw_bounding_boxes
@@ -34,8 +33,8 @@ from torchvision.utils import draw_bounding_boxes
 from data import FPS, Batches, TestDataset, TrainDataset, Video, VideoError, files_below, make_demo
 from data import read_entries, report_failures, run_test, short_hash, stateless_seed, to_clip
 from data import upright_size
-from model import RUN_FLAGS, SIZES, STOPPED, Detector, InputError, Run, autocast, compile_blocks
-from model import cosine_decay, count_flops, fraction, load_for_use, make_optimizer, make_parser
+from model import RUN_FLAGS, SIZES, STOPPED, Detector, InputError, Run, autocast, cosine_decay
+from model import count_flops, distribute, fraction, load_for_use, make_optimizer, make_parser
 from model import make_plan, on_rank0, parameter_groups, parse_with_recipe, positive_int, print_plan
 from model import print_rank0, rank, rate, read_checkpoint, resume, run_main, start_from_sines
 from model import start_process, world_size, write_json, writing
@@ -58,7 +57,8 @@ DEMO = AVA | dict(  # vit_demo, minutes on two CPU cores: too few steps for SGD
     betas=[0.9, 0.999],
     weight_decay=0.05,
     lr=2e-3,
-    epochs=40,
+    warmup_epochs=2,
+    epochs=20,
     batch_size=8,
     micro_batch=None,  # all of them
     drop_path=0.1,
@@ -70,7 +70,7 @@ DEMO = AVA | dict(  # vit_demo, minutes on two CPU cores: too few steps for SGD
     sine_positions=True,
 )
 TEST_FLAGS = {"test_crop", "test_size", "boxes", "ground_truth", "excluded", "action_list"}
-MAY_DIFFER = RUN_FLAGS | TEST_FLAGS | {"data", "videos", "video_start"}  # on resume
+MAY_DIFFER = RUN_FLAGS | TEST_FLAGS | {"dataset", "data", "videos", "video_start"}  # on resume
 
 
 def recipe_of(args):
@@ -151,7 +151,10 @@ AVA_LAYOUT = """\
 
 
 def find_file(args, split, what, needed=True):
-    """The path of an annotation file of a split, or None; flags replace those of the test."""
+    """The path of an annotation file of a split, or None if there is none and none is needed.
+
+    what: a key of AVA_FILES. For val, the flag of that name comes first.
+    """
     if split == "val" and vars(args)[what]:
         return vars(args)[what]
     folder = Path(args.data, "annotations")
@@ -176,7 +179,8 @@ def read_boxes(file, kind="detections", threshold=-math.inf, excluded=()):
     """Read boxes: {(video, second): array (R, 6) of x1, y1, x2, y2, action, score}, as in the file.
 
     Rows are video,second,x1,y1,x2,y2,action,score, with boxes as shares of the frame. The "truth"
-    has a person instead of the score (here 1); "proposals" may lack the action (0) or the score.
+    has a person instead of the score (here 1). "detections" are what is scored. "proposals" are
+    boxes to train on or to say actions of; they may lack the action (0) or the score (1).
     Rows with lower scores than the threshold and those of excluded (video, second) are left out.
     Raises InputError with file and line.
     """
@@ -192,7 +196,7 @@ def read_boxes(file, kind="detections", threshold=-math.inf, excluded=()):
         thin = 1e-5  # thinner boxes are empty when they are written with six digits
         if not (-1 < x1 < x2 - thin < 2 and -1 < y1 < y2 - thin < 2):
             raise ValueError("not a box; expected x1 < x2 and y1 < y2, as shares of the frame")
-        if not (kind != "proposals") <= action <= AVA_CLASSES:
+        if not (0 if kind == "proposals" else 1) <= action <= AVA_CLASSES:
             raise ValueError(f"action {action} is outside 1..{AVA_CLASSES}")
         key = row[0].strip(), second
         return (key, (x1, y1, x2, y2, action, score)) if score >= threshold else None
@@ -225,7 +229,7 @@ def read_action_list(file):
         return int(number), name
 
     expected = 'entries like item { name: "walk" id: 14 }'
-    items = re.compile(r"(?:item|label)\s*\{(.*?)\}", re.DOTALL).findall
+    items = re.compile(r"(?:item|label)\s*\{([^}]*)\}").findall
     actions = dict(read_entries(file, convert, expected, items, "item"))
     if not actions:
         raise InputError(f"{file}: no action list; expected {expected}")
@@ -271,14 +275,15 @@ def read_keyframes(args, split):
     boxes = read_boxes(source, "proposals", args.detection_threshold) if source else {}
     if source and not boxes:
         raise InputError(f"{source}: no box reaches --detection_threshold")
-    if train:
+    if train:  # its keyframes are those of the ground truth
         if boxes and not any(rows[:, 4].any() for rows in boxes.values()):
             raise InputError(f"{source}: boxes without actions cannot be trained on")
         source = find_file(args, split, "ground_truth")
         for key, rows in read_boxes(source, "truth").items():
             boxes[key] = np.concatenate([rows, boxes.get(key, rows[:0])])
     movies = find_movies(args, {video for video, _ in boxes})
-    kept, (first, last) = {}, AVA_TIMES
+    kept = {}
+    first, last = AVA_TIMES
     for key in sorted(boxes.keys() - excluded):
         if key[0] in movies and first <= key[1] <= last:
             kept[key] = boxes[key]
@@ -319,17 +324,18 @@ class Keyframes:
 
     def boxes(self, index):
         """A keyframe's boxes (K, 4), shares of the frame, and their actions (K, 80), booleans."""
-        boxes, box = np.unique(self.rows[index][:, :4], axis=0, return_inverse=True)
-        actions = np.zeros((len(boxes), 1 + AVA_CLASSES), dtype=bool)
-        actions[box.reshape(-1), self.rows[index][:, 4].astype(int)] = True
+        rows = self.rows[index]  # one for each action of each box
+        boxes, box_of_row = np.unique(rows[:, :4], axis=0, return_inverse=True)
+        actions = np.zeros((len(boxes), 1 + AVA_CLASSES), dtype=bool)  # column 0: no action
+        actions[box_of_row.reshape(-1), rows[:, 4].astype(int)] = True
         return boxes, actions[:, 1:]
 
     def frames(self, index, num_frames, sampling_rate):
         """A clip with the keyframe at num_frames // 2; beyond the movie's ends, its end frames."""
         video, second = self.keys[index]
-        folder = os.path.isdir(self.movies[video])
-        start = 900 * folder if self.video_start is None else self.video_start
         path = self.movies[video]
+        folder = os.path.isdir(path)
+        start = 900 * folder if self.video_start is None else self.video_start
         with contextlib.nullcontext(FrameFolder(path)) if folder else Video(path) as movie:
             if not 0 <= second - start <= movie.duration:
                 raise VideoError(
@@ -350,16 +356,15 @@ class FrameFolder:
 
     def frames(self, times):
         """The frames nearest to the given times in seconds, as Video.frames gives them."""
-        numbers = 1 + np.rint(np.asarray(times) * FPS).astype(int).clip(0, self.count - 1)
-        decoded = {}
-        for number in set(numbers):
+        frames = []
+        for number in 1 + np.rint(times * FPS).astype(int).clip(0, self.count - 1):
             file = self.path / f"{self.path.name}_{number:06d}.jpg"
             try:
                 with Video(file) as picture:
-                    (decoded[number],) = picture.frames([0])
+                    frames += picture.frames([0])
             except VideoError as error:
                 raise VideoError(f"{file.name} {error}") from None
-        return [decoded[number] for number in numbers]
+        return frames
 
 
 def cut_clip(frames, boxes, crop, size, flip=False):
@@ -368,17 +373,15 @@ def cut_clip(frames, boxes, crop, size, flip=False):
     boxes (K, 4): shares of the frame; those returned are clipped to the crop. crop: (top, left,
     height, width) in the frame; size: (height, width) of the clip.
     """
-    (H, W), (top, left, height, width) = upright_size(frames[0]), crop
-    x = (boxes[:, 0::2] * W - left) * size[1] / width  # (K, 2)
-    y = (boxes[:, 1::2] * H - top) * size[0] / height
-    x = size[1] - x[:, ::-1] if flip else x
-    boxes = np.stack([x, y], 2).reshape(-1, 4).clip(0, [size[1], size[0]] * 2)
+    # Even numbers: most videos store color at half the resolution.
+    top, left, height, width = crop = [2 * int(n / 2) for n in crop]
+    H, W = upright_size(frames[0])
+    corners = (boxes.reshape(-1, 2, 2) * (W, H) - (left, top)) / (width, height)  # (K, 2, 2)
+    corners = corners.clip(0, 1)  # shares of the crop
+    if flip:
+        corners[..., 0] = 1 - corners[:, ::-1, 0]
+    boxes = (corners * size[::-1]).reshape(-1, 4)
     return to_clip(frames, size, crop, flip), torch.from_numpy(boxes).float()
-
-
-def round_to_even(x):
-    """The largest even number up to x: most videos store color at half the resolution."""
-    return 2 * int(x / 2)
 
 
 class KeyframeDataset(TrainDataset):
@@ -394,8 +397,8 @@ class KeyframeDataset(TrainDataset):
         generator = torch.Generator().manual_seed(stateless_seed(args.seed, pass_number, index, 0))
         scale, down, along, mirror = torch.rand(4, generator=generator).tolist()
         H, W = upright_size(frames[0])
-        side = round_to_even(min(H, W) * 224 / (256 + (320 - 256) * scale))
-        crop = round_to_even((H - side) * down), round_to_even((W - side) * along), side, side
+        side = min(H, W) * 224 / (256 + (320 - 256) * scale)
+        crop = (H - side) * down, (W - side) * along, side, side
         boxes, actions = self.videos.boxes(index)
         flip = args.hflip and mirror < 0.5
         clip, boxes = cut_clip(frames, boxes, crop, (args.img_size,) * 2, flip)
@@ -417,15 +420,15 @@ class KeyframeTestDataset(TestDataset):
 
     def load(self, index):
         args = self.args
-        short_side = self.args.test_size or self.args.img_size
+        clip_side = args.test_size or args.img_size
         frames = self.videos.frames(index, args.num_frames, args.sampling_rate)
         H, W = upright_size(frames[0])
-        short = round_to_even(min(H, W))
-        size = (short_side, short_side)
-        crop = round_to_even((H - short) / 2), round_to_even((W - short) / 2), short, short
+        side = min(H, W)
+        size = (clip_side, clip_side)
+        crop = (H - side) / 2, (W - side) / 2, side, side
         if args.test_crop == "full":
             crop = (0, 0, H, W)
-            patch = min(H, W) / short_side * self.patch_size
+            patch = side / clip_side * self.patch_size  # in pixels of the frame
             size = [max(1, round(n / patch)) * self.patch_size for n in (H, W)]
         clip, boxes = cut_clip(frames, self.videos.boxes(index)[0], crop, size)
         return {"video": clip[None], "boxes": boxes}
@@ -439,7 +442,7 @@ def train(args):
 
     # ---------------------------------------------------------------- data
     keyframes, held_out = (on_rank0(read_keyframes, args, split) for split in ("train", "val"))
-    truth, classes, _ = on_rank0(read_ground_truth, args)
+    truth, classes, _ = on_rank0(read_ground_truth, args)  # classes: {number: name}
     plan = make_plan(args, len(keyframes), repeat_aug=1, unit="keyframes")
 
     # --------------------------------------------------------------- model
@@ -451,11 +454,7 @@ def train(args):
     if args.layer_decay == 0:
         detector.freeze_encoder()
     detector.to(device).train()
-    if args.compile:
-        compile_blocks(detector)
-    ddp = detector
-    if world_size() > 1:
-        ddp = DistributedDataParallel(detector, broadcast_buffers=False)
+    ddp = distribute(detector, args)
 
     # ------------------------------------------------ optimizer and resume
     groups = parameter_groups(detector, args.weight_decay, args.layer_decay)
@@ -481,15 +480,15 @@ def train(args):
                 dist.all_reduce(num_boxes)
             loss = torch.zeros((), device=device)
             for micro_step, batch in enumerate(micro_batches):
-                # Seeds dropout and drop path. Five numbers: clips are seeded by four.
+                # Seeds dropout and drop path. The 0 makes it five numbers: clips have four.
                 torch.manual_seed(stateless_seed(args.seed, step, rank(), micro_step, 0))
-                # DDP exchanges gradients at the last micro-batch only, and averages over processes;
-                # times world_size, that is a sum.
+                # DDP exchanges gradients at the last micro-batch only.
                 ddp.require_backward_grad_sync = micro_step == plan.micro_steps - 1
                 with autocast(args, device):
                     logits = ddp(batch["video"], batch["boxes"]).float()  # (K, 80)
                 actions = batch["actions"]
                 error = F.binary_cross_entropy_with_logits(logits, actions, reduction="sum")
+                # DDP averages over processes; times world_size, that is a sum.
                 micro_loss = error * world_size() / (num_boxes.clamp(min=1) * AVA_CLASSES)
                 micro_loss.backward()
                 loss += micro_loss.detach()
@@ -529,7 +528,7 @@ def score(truth, detections, actions):
     per_class = {}
     for action, name in actions.items():
         people = truth.get(action, {})
-        scores = [[]]  # of each keyframe
+        scores = [[]]  # of each keyframe; an empty one, for actions that were never detected
         right = [[]]
         for key, rows in detections.get(action, {}).items():
             rows = rows[np.argsort(rows[:, 5])[::-1]]  # ties as in the official evaluator
@@ -564,6 +563,7 @@ def are_right(rows, people):
     if len(people):
         overlap = box_iou(torch.from_numpy(rows[:, :4]), torch.from_numpy(people[:, :4])).numpy()
         hits = np.flatnonzero(overlap.max(1) >= 0.5)
+        # Of several hits on a true box, the first has the highest score.
         _, first = np.unique(overlap[hits].argmax(1), return_index=True)
         right[hits[first]] = True
     return right
@@ -573,11 +573,10 @@ def average_precision(scores, right, positives):
     """Area under monotonic precision over recall, in % (PASCAL VOC 2010); None if no positives."""
     if positives == 0:
         return None
-    found = right[np.argsort(scores)[::-1]].cumsum()
-    recall = np.concatenate([[0], found / positives, [1]])
-    precision = np.concatenate([[0], found / np.arange(1, len(found) + 1), [0]])
+    right = right[np.argsort(scores)[::-1]]
+    precision = right.cumsum() / np.arange(1, len(right) + 1)
     precision = np.maximum.accumulate(precision[::-1])[::-1]
-    return float(100 * ((recall[1:] - recall[:-1]) * precision[1:]).sum())
+    return float(100 * precision @ right / positives)  # recall rises by 1 / positives at each
 
 
 # ------------------------------------------------------------------------------------------ test
@@ -586,6 +585,7 @@ def average_precision(scores, right, positives):
 def detect(detector, keyframes, args, actions):
     """Score the boxes of keyframes and write them to detections.csv, in AVA's format.
 
+    actions: {number: name} of those that are written.
     Returns {index: (K, 80)}, and {index: reason} of unreadable keyframes.
     """
     device = detector.cls_token.device
@@ -607,7 +607,7 @@ def detect(detector, keyframes, args, actions):
             rows = csv.writer(file)
             for index, values in scores.items():
                 video, second = keyframes.keys[index]
-                second = f"{int(second):04d}" if second == int(second) else f"{second:.10g}"
+                second = f"{second:04.10g}"
                 for box, value in zip(keyframes.boxes(index)[0], values.tolist()):
                     box = [f"{x:.6g}" for x in box]
                     for action in actions:
@@ -623,8 +623,8 @@ def test(detector, keyframes, args, truth, actions):
         results = score(truth, read_boxes(out / "detections.csv"), actions)
         boxes = sum(map(len, scores.values()))
         results |= dict(boxes=boxes, keyframes=len(keyframes), unreadable=len(failures))
-        results |= dict(test_crop=args.test_crop, test_size=args.test_size or args.img_size)
-        results |= dict(init=args.init)
+        size = args.test_size or args.img_size
+        results |= dict(test_crop=args.test_crop, test_size=size, init=args.init)
         write_json(out / "results.json", results)
         print(f"{boxes} boxes at {len(keyframes)} keyframes, {args.test_crop} crop")
         shown = list(scores)[:: max(1, len(scores) // 4)][:4]
@@ -697,7 +697,7 @@ def main():
     if args.eval:
         return test(detector, keyframes, args, truth, actions)
     actions = read_checkpoint(args.init, check=False).get("classes")
-    if not actions and args.action_list:
+    if args.action_list:
         actions = read_action_list(args.action_list)
     return predict(detector, args, actions or {i: f"action {i}" for i in range(1, AVA_CLASSES + 1)})
 

@@ -20,17 +20,16 @@ import numpy as np
 import model  # noqa: F401, before torch: it sets how torch's threads wait
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from data import LAYOUTS, Batches, ClipDataset, MultiViewDataset, VideoList, find_videos, make_demo
 from data import report_failures, run_test, stateless_seed
 from model import PIXEL_MEAN, RUN_FLAGS, SIZES, STOPPED, Classifier, InputError, Run, autocast
-from model import compile_blocks, cosine_decay, count_flops, fraction, load_for_use, make_optimizer
-from model import make_parser, make_plan, normalize, on_rank0, parameter_groups, parse_with_recipe
-from model import nonnegative, positive_int, print_plan, print_rank0, rank, rate, read_checkpoint
-from model import resume, run_main, start_from_sines, start_process, world_size, write_json
+from model import cosine_decay, count_flops, distribute, fraction, load_for_use, make_optimizer
+from model import make_parser, make_plan, nonnegative, normalize, on_rank0, parameter_groups
+from model import parse_with_recipe, positive_int, print_plan, print_rank0, rank, rate
+from model import read_checkpoint, resume, run_main, start_from_sines, start_process, write_json
 
 KINETICS = dict(  # Table 5b: Kinetics fine-tuning. Keys are flags, comments the table's words
     optimizer="adamw",  # optimizer: AdamW
@@ -83,11 +82,13 @@ K600_INTERMEDIATE = KINETICS | dict(  # appendix A: a Kinetics-600 classifier, o
 )
 DEMO = KINETICS | dict(  # vit_demo, minutes on two CPU cores
     lr=4e-3,
-    warmup_epochs=6,
-    epochs=192,
+    warmup_epochs=2,
+    epochs=40,
     repeat_aug=2,
     rand_augment=[0, 0],
     batch_size=16,
+    mixup=0.0,  # so few steps teach more without it
+    cutmix=0.0,
     micro_batch=None,  # all of them
     drop_path=0.1,
     dropout=0.0,
@@ -100,7 +101,7 @@ DEMO = KINETICS | dict(  # vit_demo, minutes on two CPU cores
 )
 RECIPES = dict(kinetics=KINETICS, ssv2=SSV2, k600_intermediate=K600_INTERMEDIATE, demo=DEMO)
 CLASSES = {"kinetics400": 400, "kinetics600": 600, "kinetics700": 700, "ssv2": 174}
-MAY_DIFFER = RUN_FLAGS | {"data", "videos", "views", "val_epochs"}  # on resume
+MAY_DIFFER = RUN_FLAGS | {"dataset", "data", "videos", "views", "val_epochs"}  # on resume
 
 
 def recipe_of(args):
@@ -114,7 +115,7 @@ def recipe_of(args):
 
 def views(text):
     """An argparse type: clips x crops of a test, such as 7x3."""
-    clips, crops = (positive_int(number) for number in text.split("x"))
+    clips, crops = map(positive_int, text.split("x"))
     return clips, crops
 
 
@@ -175,9 +176,9 @@ def train(args):
     on_rank0(make_demo, args)
     if Path(args.data).is_file():
         raise InputError(f"{args.data}: a single list; give the folder with train and val lists")
-    classes = args.num_classes or CLASSES.get(args.dataset)
-    videos = on_rank0(find_videos, args, "train", classes)
-    classes = videos.class_names or videos.num_classes
+    expected = args.num_classes or CLASSES.get(args.dataset)  # None: as many as there are
+    videos = on_rank0(find_videos, args, "train", expected)
+    classes = videos.class_names or videos.num_classes  # the test's labels must be among them
     held_out = on_rank0(find_videos, args, "val", classes)
     plan = make_plan(args, len(videos), args.repeat_aug)
 
@@ -190,11 +191,7 @@ def train(args):
     if args.layer_decay == 0:
         classifier.freeze_encoder()
     classifier.to(device).train()
-    if args.compile:
-        compile_blocks(classifier)
-    ddp = classifier
-    if world_size() > 1:
-        ddp = DistributedDataParallel(classifier, broadcast_buffers=False)
+    ddp = distribute(classifier, args)
 
     # ------------------------------------------------ optimizer and resume
     groups = parameter_groups(classifier, args.weight_decay, args.layer_decay)
@@ -212,12 +209,13 @@ def train(args):
             lr = cosine_decay(plan.epoch(step), args.lr, args.warmup_epochs, args.epochs)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
-            mask_ratio = mask_ratio_at(step, plan.steps, args.mask_start)
+            # Share of hidden tokens: from --mask_start to 0 at the last step (Table 11).
+            mask_ratio = cosine_decay(step, args.mask_start, 0, max(1, plan.steps - 1))
 
             loss = torch.zeros((), device=device)
             for micro_step in range(plan.micro_steps):
                 batch = next(batches)
-                # Seeds mixing, masks and dropout. Five numbers: clips are seeded by four.
+                # Seeds mixing, masks and dropout. The 0 makes it five numbers: clips have four.
                 torch.manual_seed(stateless_seed(args.seed, step, rank(), micro_step, 0))
                 video, target = mix_clips(
                     batch["video"], batch["label"], config["num_classes"], args
@@ -265,23 +263,23 @@ def warp(clip, degrees=0.0, shear=(0, 0), shift=(0, 0)):
     return TF.affine(flat, degrees, shift, 1.0, shear, bilinear, 128, center).view(T, C, H, W)
 
 
-RAND_AUGMENT = {  # operations; m, a tenth of the magnitude, is in 0..1, and s is m or -m
-    "AutoContrast": lambda clip, m, s: TF.autocontrast(clip.contiguous()),  # strided: 3 x slower
-    "Equalize": lambda clip, m, s: TF.equalize(clip),
-    "Invert": lambda clip, m, s: TF.invert(clip),
-    "Rotate": lambda clip, m, s: warp(clip, degrees=30 * s),
-    "Posterize": lambda clip, m, s: TF.posterize(clip, 4 - int(4 * m)),  # bits to keep
+RAND_AUGMENT = {  # operations; s: a tenth of the magnitude, or of its negative, in -1..1
+    "AutoContrast": lambda clip, s: TF.autocontrast(clip.contiguous()),  # strided: 3 x slower
+    "Equalize": lambda clip, s: TF.equalize(clip),
+    "Invert": lambda clip, s: TF.invert(clip),
+    "Rotate": lambda clip, s: warp(clip, degrees=30 * s),
+    "Posterize": lambda clip, s: TF.posterize(clip, 4 - int(4 * abs(s))),  # bits to keep
     # 256.0, not 256, which would wrap around to 0 as uint8
-    "Solarize": lambda clip, m, s: torch.where(clip >= 256.0 - int(256 * m), ~clip, clip),
-    "SolarizeAdd": lambda clip, m, s: clip + int(110 * m) * (clip < 128).byte(),
-    "Color": lambda clip, m, s: TF.adjust_saturation(clip, 1 + 0.9 * s),
-    "Contrast": lambda clip, m, s: TF.adjust_contrast(clip, 1 + 0.9 * s),
-    "Brightness": lambda clip, m, s: TF.adjust_brightness(clip, 1 + 0.9 * s),
-    "Sharpness": lambda clip, m, s: TF.adjust_sharpness(clip, 1 + 0.9 * s),
-    "ShearX": lambda clip, m, s: warp(clip, shear=(0.3 * s, 0)),
-    "ShearY": lambda clip, m, s: warp(clip, shear=(0, 0.3 * s)),
-    "TranslateX": lambda clip, m, s: warp(clip, shift=(0.45 * s, 0)),
-    "TranslateY": lambda clip, m, s: warp(clip, shift=(0, 0.45 * s)),
+    "Solarize": lambda clip, s: torch.where(clip >= 256.0 - int(256 * abs(s)), ~clip, clip),
+    "SolarizeAdd": lambda clip, s: clip + int(110 * abs(s)) * (clip < 128).byte(),
+    "Color": lambda clip, s: TF.adjust_saturation(clip, 1 + 0.9 * s),
+    "Contrast": lambda clip, s: TF.adjust_contrast(clip, 1 + 0.9 * s),
+    "Brightness": lambda clip, s: TF.adjust_brightness(clip, 1 + 0.9 * s),
+    "Sharpness": lambda clip, s: TF.adjust_sharpness(clip, 1 + 0.9 * s),
+    "ShearX": lambda clip, s: warp(clip, shear=(0.3 * s, 0)),
+    "ShearY": lambda clip, s: warp(clip, shear=(0, 0.3 * s)),
+    "TranslateX": lambda clip, s: warp(clip, shift=(0.45 * s, 0)),
+    "TranslateY": lambda clip, s: warp(clip, shift=(0, 0.45 * s)),
 }
 
 
@@ -304,7 +302,7 @@ class RandAugment:
             m = self.magnitude + self.deviation * torch.randn(()).item()
             m = min(max(m, 0), 10) / 10
             if apply:
-                clip = operations[index](clip, m, m if sign else -m)
+                clip = operations[index](clip, m if sign else -m)
         return clip
 
 
@@ -315,11 +313,6 @@ def augmentation(args):
     return v2.Compose([*rand_augment, erase])
 
 
-def mask_ratio_at(step, steps, start):
-    """Share of hidden tokens: from `start` to 0 at the last step, along a cosine (Table 11)."""
-    return start * 0.5 * (1 + math.cos(math.pi * step / max(1, steps - 1)))
-
-
 def mix_clips(video, label, num_classes, args):
     """MixUp or CutMix of whole clips, chosen at random; also turns labels into soft targets.
 
@@ -327,9 +320,10 @@ def mix_clips(video, label, num_classes, args):
     """
     kinds = (v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)
     kinds = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha]
-    if not kinds or len(video) == args.repeat_aug:
+    if not kinds or len(video) == args.repeat_aug:  # a single video has nothing to mix with
         return normalize(video), F.one_hot(label, num_classes).float()
-    # Neighbours are mixed: clips of different videos, not two of the same.
+    # torchvision mixes each clip with the one before it. So all videos' first clips come first,
+    # then their second ones, ...: no two of a video are neighbours.
     order = torch.arange(len(video), device=video.device).view(-1, args.repeat_aug).T.flatten()
     pictures = normalize(video[order]).flatten(1, 2)  # (B*R, 3*T, H, W)
     pictures, target = v2.RandomChoice(kinds)(pictures, label[order])
@@ -349,12 +343,9 @@ def predict(classifier, videos, args, views, most=32):
 
     @torch.no_grad()
     def average_views(sample):
-        total = 0
-        for clips in sample["video"].split(most):  # (views, 3, T, H, W)
-            with autocast(args, device):
-                logits = classifier(clips)
-            total = total + logits.float().softmax(1).sum(0)
-        return (total / len(sample["video"])).cpu()
+        with autocast(args, device):
+            logits = [classifier(clips) for clips in sample["video"].split(most)]
+        return torch.cat(logits).float().softmax(1).mean(0).cpu()  # (num_classes,)
 
     return run_test(MultiViewDataset(videos, args, views), device, average_views)
 

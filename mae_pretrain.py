@@ -17,17 +17,16 @@ from pathlib import Path
 
 import model  # noqa: F401, before torch: it sets how torch's threads wait
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from torchvision.io import encode_png
 from torchvision.utils import make_grid
 
 from data import FPS, LAYOUTS, Batches, ClipDataset, MultiViewDataset, VideoList, find_videos
 from data import make_demo, model_order, stateless_seed, write_video
 from model import MAE, MASK_TYPES, PIXEL_MEAN, PIXEL_STD, RUN_FLAGS, SIZES, STOPPED, InputError, Run
-from model import autocast, compile_blocks, cosine_decay, count_flops, fraction, load_for_use
+from model import autocast, cosine_decay, count_flops, distribute, fraction, load_for_use
 from model import make_optimizer, make_parser, make_plan, normalize, on_rank0, parameter_groups
 from model import parse_with_recipe, positive_int, print_plan, rank, rate, resume, run_main
-from model import start_from_sines, start_process, unpatchify, world_size, writing
+from model import start_from_sines, start_process, unpatchify, writing
 
 KINETICS = dict(  # Table 5a: Kinetics pre-training. Keys are flags, comments the table's words
     optimizer="adamw",  # optimizer: AdamW
@@ -62,7 +61,7 @@ DEMO = KINETICS | dict(  # vit_demo, minutes on two CPU cores: many small steps 
     decoder_depth=1,
     decoder_num_heads=4,  # with one, it takes far longer to tell shapes apart
 )
-MAY_DIFFER = RUN_FLAGS | {"data", "videos"}  # on resume
+MAY_DIFFER = RUN_FLAGS | {"dataset", "data", "videos"}  # on resume
 
 
 def recipe_of(args):
@@ -125,9 +124,7 @@ def train(args):
     if args.sine_positions:
         start_from_sines(mae)
     mae.to(device)
-    if args.compile:
-        compile_blocks(mae)
-    ddp = DistributedDataParallel(mae, broadcast_buffers=False) if world_size() > 1 else mae
+    ddp = distribute(mae, args)
 
     # ------------------------------------------------ optimizer and resume
     groups = parameter_groups(mae, args.weight_decay, decay_positions=True)
@@ -148,7 +145,7 @@ def train(args):
             loss = torch.zeros((), device=device)
             for micro_step in range(plan.micro_steps):
                 batch = next(batches)
-                # Seeds the masks. Five numbers: clips are seeded by four.
+                # Seeds the masks. The 0 makes it five numbers: clips have four.
                 torch.manual_seed(stateless_seed(args.seed, step, rank(), micro_step, 0))
                 # DDP exchanges gradients at the last micro-batch only.
                 ddp.require_backward_grad_sync = micro_step == plan.micro_steps - 1

@@ -41,6 +41,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import roi_align
@@ -69,14 +70,10 @@ def patchify(video, patch_size, t_patch_size):
     Frames, rows and columns that do not fill a whole tubelet are dropped, as in a strided
     convolution.
     """
-    B, C, T, H, W = video.shape
     u = t_patch_size
     p = patch_size
-    t = T // u
-    h = H // p
-    w = W // p
-    video = video[:, :, : t * u, : h * p, : w * p].reshape(B, C, t, u, h, p, w, p)
-    return video.permute(0, 2, 4, 6, 3, 5, 7, 1).reshape(B, t * h * w, u * p * p * C)
+    video = video.unfold(2, u, u).unfold(3, p, p).unfold(4, p, p)  # (B, 3, t, h, w, u, p, p)
+    return video.movedim(1, -1).flatten(4).flatten(1, 3)
 
 
 def unpatchify(tubelets, grid, patch_size):
@@ -101,6 +98,11 @@ def pick_rows(x, ids):
     B, N, C = x.shape
     rows = ids + N * torch.arange(B, device=ids.device)[:, None]
     return x.reshape(B * N, C).index_select(0, rows.flatten()).view(B, -1, C)
+
+
+# Figure 4. The functions below return noise, not masks: one random number for all tokens that are
+# hidden together, in a shape that broadcasts to the grid (t, h, w). random_masking lets the tokens
+# with the smallest noise stay.
 
 
 def random_mask(grid, mask_ratio):
@@ -134,8 +136,6 @@ def block_mask(grid, mask_ratio):
     return noise.to(device)
 
 
-# Figure 4. A mask function draws noise for one clip, one number for all tokens that are hidden
-# together: its shape broadcasts to the grid (t, h, w). The tokens with the smallest noise stay.
 MASK_TYPES = {
     "agnostic": random_mask,
     "space-only": tube_mask,
@@ -144,14 +144,14 @@ MASK_TYPES = {
 }
 
 
-def num_visible(grid, mask_ratio, drawn=None):
+def num_visible(grid, mask_ratio, groups=None):
     """How many of the N tokens stay visible: int(N * (1 - ratio)), in whole groups.
 
-    drawn: how many numbers the mask function drew, one for each group of tokens that are hidden
-    together; None: one for each token. Raises InputError if the ratio leaves no token.
+    groups: how many groups of tokens, all of one size, are hidden together, such as h * w tubes;
+    None: each token is its own. Raises InputError if the ratio leaves no token.
     """
     N = math.prod(grid)
-    group = N // (drawn or N)
+    group = N // (groups or N)  # tokens in one
     visible = group * int(N // group * (1 - mask_ratio))
     if not 0 < visible <= N:
         raise InputError(
@@ -274,13 +274,21 @@ def resize_time(table, length):
     return F.interpolate(table.float().mT, size=length, mode="linear").mT
 
 
-def add_positions(cls, space, time, own_grid, grid):
-    """Separable positions, class token first: (1, 1 + N, D); resized from the tables' own grid."""
+def position_table(cls, space, time, own_grid, grid):
+    """The positions of the class token and, behind it, of the grid: (1, 1 + N, D).
+
+    Separable: time plus space. Both are of size own_grid, and resized to the clip's grid.
+    """
     space = resize_space(space, own_grid[1:], grid[1:])
     time = resize_time(time, grid[0])
     places = (time[0, :, None] + space[0]).flatten(0, 1)  # (N, D)
     # cls[0], not cls: its gradient then has the strides DDP expects.
     return torch.cat([cls[0], places])[None]
+
+
+def learned(n, dim):
+    """n learned vectors, (1, n, dim); init_weights fills them."""
+    return nn.Parameter(torch.empty(1, n, dim))
 
 
 class VideoViT(nn.Module):
@@ -315,10 +323,11 @@ class VideoViT(nn.Module):
                 f"{t_patch_size} x {patch_size} x {patch_size}"
             )
         self.patch_embed = TubeletEmbed(patch_size, t_patch_size, embed_dim)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
-        self.pos_embed_spatial = nn.Parameter(torch.empty(1, h * w, embed_dim))
-        self.pos_embed_temporal = nn.Parameter(torch.empty(1, t, embed_dim))
-        self.pos_embed_class = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.cls_token = learned(1, embed_dim)
+        self.pos_embed_spatial = learned(h * w, embed_dim)
+        self.pos_embed_temporal = learned(t, embed_dim)
+        self.pos_embed_class = learned(1, embed_dim)
+        # None, not 0, without drop path: then it draws no random numbers.
         rates = [drop_path * i / max(1, depth - 1) if drop_path else None for i in range(depth)]
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, rate) for rate in rates)
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
@@ -351,10 +360,9 @@ class VideoViT(nn.Module):
         None: all N in order. The final norm is left to the caller: MAE applies it to each token, a
         classifier to their average.
         """
-        cls = self.pos_embed_class
-        space = self.pos_embed_spatial
-        time = self.pos_embed_temporal
-        positions = add_positions(cls, space, time, self.grid, grid)  # (1, 1 + N, D)
+        positions = position_table(
+            self.pos_embed_class, self.pos_embed_spatial, self.pos_embed_temporal, self.grid, grid
+        )  # (1, 1 + N, D)
         places = positions[:, 1:] if ids is None else F.embedding(ids, positions[0, 1:])
         x = self.patch_embed(normalize(tubelets)) + places  # (B, V, D)
         cls_token = (self.cls_token + positions[:, :1]).repeat(len(x), 1, 1)
@@ -436,29 +444,27 @@ class MAE(VideoViT):
         self.mask_type = mask_type
         self.pred_frames = (pred_t_dim or t) // t  # frames predicted of each tubelet
         self.decoder_embed = nn.Linear(self.embed_dim, dim)
-        self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
-        self.decoder_cls_token = nn.Parameter(torch.empty(1, 1, dim))
-        self.decoder_pos_embed_spatial = nn.Parameter(torch.empty(1, h * w, dim))
-        self.decoder_pos_embed_temporal = nn.Parameter(torch.empty(1, t, dim))
-        self.decoder_pos_embed_class = nn.Parameter(torch.empty(1, 1, dim))
+        self.mask_token = learned(1, dim)
+        self.decoder_cls_token = learned(1, dim)
+        self.decoder_pos_embed_spatial = learned(h * w, dim)
+        self.decoder_pos_embed_temporal = learned(t, dim)
+        self.decoder_pos_embed_class = learned(1, dim)
         blocks = [Block(dim, decoder_num_heads) for _ in range(decoder_depth)]
         self.decoder_blocks = nn.ModuleList(blocks)
         self.decoder_norm = nn.LayerNorm(dim, eps=1e-6)
         self.decoder_pred = nn.Linear(dim, self.pred_frames * self.patch_size**2 * 3)
         self.init_weights()
 
-    def forward_decoder(self, latent, visible, hidden, grid):
+    def forward_decoder(self, latent, visible, grid):
         """Predict every token from the visible ones: (B, 1 + V, D) -> (B, N, pred_frames*p*p*3).
 
-        visible (B, V), hidden (B, N - V): ids of the tokens.
+        visible (B, V): ids of the visible tokens. C is the decoder's width.
         """
         x = self.decoder_embed(latent[:, 1:])  # (B, V, C), without the encoder's class token
-        mask_tokens = self.mask_token.to(x.dtype).repeat(*hidden.shape, 1)  # (B, N - V, C)
-        order = torch.cat([visible, hidden], 1)
-        # argsort inverts a permutation: back in the order of the grid
-        x = pick_rows(torch.cat([x, mask_tokens], 1), order.argsort(1))  # (B, N, C)
+        tokens = self.mask_token.to(x.dtype).repeat(len(x), math.prod(grid), 1)  # (B, N, C)
+        x = tokens.scatter(1, visible[..., None].expand_as(x), x)  # the visible in their places
         cls_token = self.decoder_cls_token[0].to(x.dtype).repeat(len(x), 1, 1)
-        x = torch.cat([cls_token, x], 1) + add_positions(
+        x = torch.cat([cls_token, x], 1) + position_table(
             self.decoder_pos_embed_class,
             self.decoder_pos_embed_spatial,
             self.decoder_pos_embed_temporal,
@@ -494,7 +500,7 @@ class MAE(VideoViT):
                 noise = torch.stack([MASK_TYPES[self.mask_type](grid, mask_ratio) for _ in video])
         visible, hidden = random_masking(noise, grid, mask_ratio)  # (B, V), (B, N - V)
         latent = self.norm(self.forward_encoder(pick_rows(tubelets, visible), grid, visible))
-        pred = self.forward_decoder(latent, visible, hidden, grid)  # (B, N, pred_frames*p*p*3)
+        pred = self.forward_decoder(latent, visible, grid)  # (B, N, pred_frames*p*p*3)
         loss = self.forward_loss(tubelets, pred, hidden)
         mask = torch.ones(tubelets.shape[:2], device=video.device).scatter(1, visible, 0)
         return loss, pred, mask
@@ -538,10 +544,9 @@ class RelPosAttention(Attention):
 
     def __init__(self, dim, num_heads, grid):
         super().__init__(dim, num_heads)
-        t, h, w = grid
-        self.rel_pos_t = nn.Parameter(torch.zeros(2 * t - 1, dim // num_heads))
-        self.rel_pos_h = nn.Parameter(torch.zeros(2 * h - 1, dim // num_heads))
-        self.rel_pos_w = nn.Parameter(torch.zeros(2 * w - 1, dim // num_heads))
+        self.rel_pos_t, self.rel_pos_h, self.rel_pos_w = (
+            nn.Parameter(torch.zeros(2 * n - 1, dim // num_heads)) for n in grid
+        )
 
     def forward(self, x, grid):
         """softmax(q . k / sqrt(C) + q . R_t + q . R_h + q . R_w) v, with C = D / heads.
@@ -558,8 +563,9 @@ class RelPosAttention(Attention):
             place = torch.arange(n, device=x.device)
             R = resize_time(table[None], 2 * n - 1)[0]
             R = R[place[:, None] - place + n - 1].to(q.dtype)  # (n of q, n of k, C)
-            products.append(torch.einsum(f"bnthwc,{axis}kc->bnthwk", q_grid, R))
-            # A comparison, not one_hot, which torch.compile would recompile for each frame size.
+            products.append(torch.einsum(f"bathwc,{axis}kc->bathwk", q_grid, R))
+            # (t, h, w, n): 1 where a token lies on this axis. A comparison, not one_hot, which
+            # torch.compile would recompile for each frame size.
             own = place.view([n if other == axis else 1 for other in "thw"])[..., None] == place
             ones.append(own.expand(*grid, n))
         products = torch.cat(products, -1).flatten(2, 4)  # (B, heads, N, t + h + w)
@@ -664,7 +670,7 @@ def to_official_names(state, model):
             out[key] = value[:, :, None].repeat(1, 1, steps, 1, 1) / steps
         elif key in ("pos_embed", "decoder_pos_embed"):
             N = value.shape[1] - 1
-            # Videos of other sizes: 8 steps, as 16 frames have.
+            # Its time steps: 1 of images, the model's own if the size agrees; else 8, of 16 frames.
             t = 1 if of_images else model.grid[0] if math.prod(model.grid) == N else 8
             table = value[:, 1:].unflatten(1, (t, -1))  # (1, t, h*w, D)
             out[key + "_class"], out[key + "_spatial"] = value[:, :1], table.mean(1)
@@ -683,11 +689,12 @@ def to_official_names(state, model):
     return out
 
 
-def check_finite(path, state):
-    """Raise InputError if a tensor of a state dict holds NaN, infinity or whole numbers."""
+def check_weights(path, state):
+    """Raise InputError if a tensor of a state dict is not dense, of finite floats."""
     for key, value in state.items():
-        if not (value.is_floating_point() and value.float().isfinite().all()):
-            raise InputError(f"{path}: {key} holds values that are not finite floats")
+        dense = value.layout == torch.strided and not value.is_meta
+        if not (dense and value.is_floating_point() and value.float().isfinite().all()):
+            raise InputError(f"{path}: {key} is not a dense tensor of finite floats")
 
 
 def load_pretrained(model, path):
@@ -701,14 +708,8 @@ def load_pretrained(model, path):
     for key in ("model", "model_state", "state_dict"):
         state = state[key] if isinstance(state.get(key), dict) else state
     state = {key: value for key, value in state.items() if torch.is_tensor(value)}
-    if not state:
-        raise InputError(f"{path}: holds no weights; expected a state dict, or one under 'model'")
-    for key, value in state.items():
-        plain = value.layout == torch.strided and not (
-            value.is_quantized or value.is_meta or value.is_nested
-        )
-        if not isinstance(key, str) or not plain or value.is_complex():
-            raise InputError(f"{path}: {key} is not a named, dense tensor of real numbers")
+    if not state or not all(isinstance(key, str) for key in state):
+        raise InputError(f"{path}: holds no named weights; expected a state dict, maybe as 'model'")
     own = model.state_dict()
     try:
         state = to_official_names(state, model)
@@ -724,7 +725,7 @@ def load_pretrained(model, path):
                 f"{path}: does not fit this model: {key} is {found}, not {list(own[key].shape)}; "
                 "is --model the size of the checkpoint?"
             )
-    check_finite(path, loaded)
+    check_weights(path, loaded)
     model.load_state_dict(loaded, strict=False)
     text = f"{path}: {len(loaded)} tensors loaded"
     for name, keys in {"left out": state.keys() - loaded.keys(), "not in it": new}.items():
@@ -943,8 +944,8 @@ def parse_with_recipe(parser, stage, dataset, recipe_of, argv=None):
             defaults = {n: v for n, v in saved["args"].items() if n not in RUN_FLAGS | {"init"}}
         if defaults.get("stage", stage) != stage:
             raise InputError(f"{given.init}: a checkpoint of {defaults['stage']}, not of {stage}")
-        if given.dataset or given.data:  # not the data it was trained on
-            defaults |= dict(data=None, videos=None) if defaults else {}
+        if defaults and (given.dataset or given.data):  # not the data it was trained on
+            defaults |= dict(data=None, videos=None)
     if not defaults:
         named_by = Path(given.data).resolve().stem if given.data else dataset
         given.dataset = given.dataset or named_by
@@ -963,7 +964,8 @@ def parse_with_recipe(parser, stage, dataset, recipe_of, argv=None):
     if args.lr is None and not modes:
         raise InputError(f"no learning rate for {args.model} in the recipe; give one with --lr")
     args.stage = stage
-    args.data = args.data or f"data/{args.dataset}" + f"/{stage}" * (args.dataset == "demo")
+    if not args.data:  # each stage has demo videos of its own
+        args.data = f"data/demo/{stage}" if args.dataset == "demo" else f"data/{args.dataset}"
     if args.output_dir is None:
         args.output_dir = f"runs/{stage}_{args.dataset}_{args.model}"
         if modes:
@@ -975,11 +977,11 @@ def parse_with_recipe(parser, stage, dataset, recipe_of, argv=None):
 
 def column(recipe, model):
     """One model's column of a recipe: fall back to ViT-L's, except for the learning rate."""
-    values = dict(recipe)
-    for name, value in recipe.items():
-        if isinstance(value, dict):
-            values[name] = value.get(model, None if name == "lr" else value["vit_l"])
-    return values
+    return recipe | {
+        name: value.get(model, None if name == "lr" else value["vit_l"])
+        for name, value in recipe.items()
+        if isinstance(value, dict)
+    }
 
 
 def choose_device(args):
@@ -1007,7 +1009,7 @@ def cores():
 
 def keep_freed_memory():
     """Have glibc reuse freed memory: the kernel would zero it for each new tensor."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
         M_TRIM_THRESHOLD = -1
         M_MMAP_THRESHOLD = -3
         MiB = 2**20
@@ -1115,11 +1117,15 @@ def make_plan(args, num_videos, repeat_aug, unit="videos"):
     return Plan(num_videos, steps, clips, micro_batch, share // micro_batch)
 
 
-def compile_blocks(model):
-    """torch.compile the model block by block: few graphs, whatever the number of visible tokens."""
+def distribute(model, args):
+    """The model as it is trained: compiled, with --compile, and in DDP on several processes."""
     for module in model.modules():
-        if isinstance(module, Block):
+        # Block by block: few graphs, whatever the number of visible tokens.
+        if args.compile and isinstance(module, Block):
             module.compile()
+    if world_size() == 1:
+        return model
+    return DistributedDataParallel(model, broadcast_buffers=False)
 
 
 def count_flops(model_class, config, *inputs):
@@ -1171,7 +1177,7 @@ def writing(path):
         while error.__context__:  # torch.save hides the first error behind its own
             error = error.__context__
         if not isinstance(error, Exception) or "DataLoader worker" in str(error):
-            raise error from None  # Ctrl-C, or a worker that died meanwhile
+            raise error from None  # Ctrl-C, or a worker's death, which PyTorch reports anywhere
         raise InputError(f"{path}: cannot be written: {error}") from None
     finally:
         beside.unlink(missing_ok=True)
@@ -1209,6 +1215,11 @@ def find_checkpoint(folder):
     return None
 
 
+def was_restarted():
+    """Whether torchrun started this process again, after a failure."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
 def resume(args, may_differ, model, optimizer, videos):
     """Load what a run begins with; returns the steps done, and the checkpoint they are from.
 
@@ -1217,8 +1228,8 @@ def resume(args, may_differ, model, optimizer, videos):
     2. Else the weights in --init.
     3. Else nothing: the model keeps its random weights.
     """
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun
-    path = on_rank0(find_checkpoint, args.output_dir) if args.resume or restarted else None
+    goes_on = args.resume or was_restarted()
+    path = on_rank0(find_checkpoint, args.output_dir) if goes_on else None
     if path is None:
         if args.init:
             start_from(model, args.init)
@@ -1238,7 +1249,7 @@ def resume(args, may_differ, model, optimizer, videos):
             f"{path}: from a run with other arguments ({'; '.join(differ)}). Restore them to "
             "resume, give another --output_dir to keep that run, or --no-resume to overwrite it"
         )
-    check_finite(path, run["model"])
+    check_weights(path, run["model"])
     model.load_state_dict(run["model"])
     optimizer.load_state_dict(run["optimizer"])
     print_rank0(f"{path}: resuming after step {run['step']}")
@@ -1302,7 +1313,7 @@ class Run:
             ) from None
         except OSError:
             pass  # this file system knows no locks
-        if self.done == 0:  # nothing of an earlier run may mix with this one, or resume it
+        if self.done == 0 and not was_restarted():  # no earlier run may mix with this one
             for path in self.out.glob("*.*"):
                 if path.suffix in (".pt", ".log", ".jsonl"):
                     path.replace(f"{path}.replaced")
@@ -1426,7 +1437,9 @@ class Run:
         """Whether process 0 saves now: at a log point, or at once if it was asked to stop."""
         if rank() > 0:
             return False
-        if self.pending:  # between log points: nobody has checked yet that the loss is finite
+        # Between log points (log empties pending) only a stop is saved, and nobody has checked yet
+        # that the loss is finite.
+        if self.pending:
             return self.save_now and bool(torch.stack(self.pending).isfinite().all())
         late = time.perf_counter() - self.saved_at > 60 * self.args.save_minutes
         ends = self.stopping or self.done == self.plan.steps

@@ -82,8 +82,7 @@ def run_step(task, size, ratio, clips, device, precision, compiled, again=False)
     kind, config, flops = build(task, size, ratio, again)
     model = kind(**config).to(device)
     optimizer = torch.optim.AdamW(m.parameter_groups(model, 0.05), lr=1e-5, fused=True)
-    if compiled:
-        m.compile_blocks(model)
+    m.distribute(model, settings)
     shape = clips, config["num_frames"], *2 * [config["img_size"]], 3
     video = torch.randint(0, 256, shape, dtype=torch.uint8, device=device).permute(0, 4, 1, 2, 3)
     noise = torch.rand(clips, math.prod(model.grid), device=device)

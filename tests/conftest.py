@@ -78,7 +78,7 @@ def make_videos(folder, videos, movies):
         (folder / split).mkdir()
         rows = ["label,youtube_id,time_start,time_end,split"]
         for i in range(count):
-            shape, motion = [*data.DEMO_SHAPES][i % 8], data.DEMO_MOTIONS[i % 4]
+            shape, motion = [*data.DEMO_SHAPES][i % 8], [*data.DEMO_MOTIONS][i % 4]
             seed = i + 100 * (split == "val")
             frames, _ = data.draw_scene(seed, [(shape, motion, 0.5)], radius=(14.5, 18))
             path = folder / split / f"{split}{i}_000005_000008.mp4"

@@ -72,7 +72,7 @@ OPERATIONS = ONE_WAY | BOTH_WAYS
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_each_operation_is_as_strong_as_its_magnitude_says(name, magnitude, sign):
     m, clip = magnitude / 10, PICTURE.byte()[None]
-    result = finetune_cls.RAND_AUGMENT[name](clip, m, sign * m)[0]
+    result = finetune_cls.RAND_AUGMENT[name](clip, sign * m)[0]
     amounts, expected = OPERATIONS[name]
     amount = amounts[MAGNITUDES.index(magnitude)]
     wanted = expected(sign * amount if name in BOTH_WAYS else amount)
@@ -100,7 +100,7 @@ def test_two_operations_are_drawn_with_replacement_each_at_a_magnitude_of_its_ow
     calls = []  # for each a list of (operation, magnitude with its sign)
 
     def noting(name):
-        return lambda clip, magnitude, signed: calls[-1].append((name, 10 * signed)) or clip
+        return lambda clip, signed: calls[-1].append((name, 10 * signed)) or clip
 
     monkeypatch.setattr(finetune_cls, "RAND_AUGMENT", {name: noting(name) for name in OPERATIONS})
     torch.manual_seed(0)

@@ -1,5 +1,7 @@
 """Compiled blocks: few graphs and equal losses, also with checkpointing."""
 
+import argparse
+
 import pytest
 import torch
 from test_model import BOXES, THREE_MODELS, clip, loss_of
@@ -7,12 +9,11 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
-from finetune_cls import mask_ratio_at
-from model import compile_blocks
+from model import cosine_decay, distribute
 
 RATIOS = {
     "MAE": (0.9, 0.75, 0.5, 0.95, 0.6, 0.25),  # an ablation's
-    "Classifier": [mask_ratio_at(step, 6, 0.75) for step in range(6)],
+    "Classifier": [cosine_decay(step, 0.75, 0, 5) for step in range(6)],
     "Detector": (0,),
 }
 FULL_FRAMES = (32, 40), (40, 48), (48, 32), (32, 56), (64, 32), (64, 72)
@@ -29,7 +30,7 @@ def compiled(name, backend, patch, **more):
     patch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend=graphs))
     model, plain = (THREE_MODELS[name](**more) for _ in range(2))
     model.load_state_dict(plain.state_dict())
-    compile_blocks(model)
+    distribute(model, argparse.Namespace(compile=True))
     return model, plain, graphs
 
 

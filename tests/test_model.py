@@ -270,7 +270,7 @@ def test_any_input_size_runs_with_positions_resized():
     image = F.interpolate(space.mT.view(1, 2, 3, 4), size=(6, 5), mode="bicubic")[0]
     line = F.interpolate(time.mT, size=7, mode="linear")[0]
     expected = line[:, :, None, None] + image[:, None]  # (D, t, h, w)
-    positions = m.add_positions(cls, space, time, (4, 3, 4), (7, 6, 5))
+    positions = m.position_table(cls, space, time, (4, 3, 4), (7, 6, 5))
     assert_close(positions, torch.cat([cls, expected.flatten(1).mT[None]], 1))
 
 
@@ -351,14 +351,14 @@ def test_joint_positions_are_split_exactly_if_separable(separable, frames, tmp_p
     source, loaded, joint = MAE(**config), MAE(**config), {}
     state, grid = source.state_dict(), source.grid
     for key in ("pos_embed", "decoder_pos_embed"):
-        joint[key] = m.add_positions(*positions_of(state, key), grid, grid)  # (1, 1 + t*h*w, D)
+        joint[key] = m.position_table(*positions_of(state, key), grid, grid)  # (1, 1 + t*h*w, D)
         joint[key][:, 1:] += 0 if separable else torch.randn_like(joint[key][:, 1:])
     state = {k: v for k, v in fuse_qkv(state).items() if "pos_embed" not in k} | joint
     torch.save({"model_state": state}, tmp_path / "pretrain.pyth")
     assert load_pretrained(loaded, tmp_path / "pretrain.pyth") == []
     assert "left out" not in capsys.readouterr().out
     for key, table in joint.items():
-        error = m.add_positions(*positions_of(loaded.state_dict(), key), grid, grid) - table
+        error = m.position_table(*positions_of(loaded.state_dict(), key), grid, grid) - table
         assert (error.abs().max() < 1e-6) == separable
         error = error[:, 1:].unflatten(1, (grid[0], -1))  # 0 on average, in space and in time
         assert error.mean(1).abs().max() < 1e-5 and error.mean(2).abs().max() < 1e-5
@@ -406,7 +406,7 @@ class Code:
 
 
 RATES = "lr epochs warmup_epochs weight_decay clip_grad save_minutes keep_epochs"
-ONES, OTHER_KIND = torch.ones(1, 1, 32), "is not a named, dense tensor of real numbers"
+ONES, OTHER_KIND = torch.ones(1, 1, 32), "is not a dense tensor of finite floats"
 DAMAGED = "not a readable checkpoint: not a PyTorch file of nothing but tensors and plain values"
 UNUSABLE = {  # a file: what it holds beside good weights, None instead of one; what is said
     "wide": (dict(cls_token=torch.ones(1, 1, 64)), r"does not fit.*cls_token is \[1, 1, 64\], not \[1, 1, 32\].*is --model"),
@@ -414,15 +414,15 @@ UNUSABLE = {  # a file: what it holds beside good weights, None instead of one; 
     "no_class_token": (dict(cls_token=None), "does not fit this model: cls_token is missing"),
     "no_class_position": (dict(pos_embed=torch.ones(1, 64, 32)), "does not fit this model: "),
     "not_square": (dict(pos_embed_spatial=torch.ones(1, 15, 32)), "does not fit this model: "),
-    "nan": (dict(cls_token=ONES * math.nan), "cls_token holds values that are not finite"),
-    "infinite": ({"norm.bias": torch.ones(32) * math.inf}, "norm.bias holds values that are not finite"),
+    "nan": (dict(cls_token=ONES * math.nan), f"cls_token {OTHER_KIND}"),
+    "infinite": ({"norm.bias": torch.ones(32) * math.inf}, f"norm.bias {OTHER_KIND}"),
     "sparse": (dict(cls_token=ONES.to_sparse()), f"cls_token {OTHER_KIND}"),
     "quantised": (dict(cls_token=torch.quantize_per_tensor(ONES, 0.1, 0, torch.qint8)), f"cls_token {OTHER_KIND}"),
     "meta": (dict(cls_token=ONES.to("meta")), f"cls_token {OTHER_KIND}"),
     "complex": (dict(cls_token=ONES + 1j), f"cls_token {OTHER_KIND}"),
-    "number": ({7: ONES}, f"7 {OTHER_KIND}"),
+    "number": ({7: ONES}, "holds no named weights"),
     "a.safetensors": ({}, r"pip install safetensors, then convert it: torch.save\("),
-    "empty": ({"epoch": 3}, "holds no weights"),
+    "empty": ({"epoch": 3}, "holds no named weights"),
     "code": (dict(step=Code()), DAMAGED),
     "text": (b"not a checkpoint", DAMAGED),
     "absent": (None, "no such checkpoint"),
