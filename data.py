@@ -504,7 +504,11 @@ class Video:
             if self.codec.name == "h264":  # leave out what is neither wanted nor referred to
                 skip = packet and packet.pts not in wanted
                 self.codec.skip_frame = "NONREF" if skip else "DEFAULT"
-            for frame in self.codec.decode(packet):
+            try:
+                out = self.codec.decode(packet)
+            except av.error.FFmpegError:
+                return None
+            for frame in out:
                 begins = begins and frame.pict_type != PictureType.I
                 # Interlaced: a packet may be one field, half a frame.
                 if begins or frame.is_corrupt or frame.interlaced_frame:

@@ -212,6 +212,21 @@ def test_corrupt_frames_count_as_missing(tmp_path):
             video.frames(np.arange(4, 44, 4) / 30)
 
 
+def test_a_packet_that_cannot_be_decoded_costs_its_own_frame_alone(tmp_path):
+    def spoil(packets):
+        for i, packet in enumerate(packets):
+            yield packet, b"no picture" if i == 45 else bytes(packet)
+
+    settings = dict(codec="mjpeg", pix_fmt="yuvj420p")
+    path = encode(tmp_path / "a.mkv", numbered_frames(80), **settings)
+    path = rewrite(path, tmp_path / "spoilt.mkv", spoil)
+    with data.Video(path) as video:
+        got = [read_number(frame) for frame in video.frames(np.array([40, 45, 50]) / 30)]
+        assert got in ([40, 44, 50], [40, 46, 50])
+        with pytest.raises(data.VideoError, match="1 of 1 wanted frames cannot be decoded"):
+            video.frames([45 / 30])
+
+
 LATE, SHORT = dict(times=range(250, 330)), dict(options={"g": "5", "bf": "0"})
 LENGTHS = {  # how a file is made
     **dict.fromkeys(["late.mp4", "late.mkv", "late.ts", "late_fragments.mp4"], LATE),
