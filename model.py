@@ -1152,7 +1152,7 @@ def print_plan(args, plan, model, videos, flops):
         f"{count(plan.clips, 'clips')}, {count(plan.micro_batch, videos.unit)} at once; "
         f"learning rate {args.lr:.3g}, warm-up {args.warmup_epochs:g}"
     )
-    if plan.steps < 500:
+    if plan.steps < 200:
         print("warning: so few steps teach little; try more --epochs or a smaller --batch_size")
     if rest := args.img_size % model.patch_size:
         print(f"warning: {rest} of {args.img_size} rows and columns fill no patch and are dropped")

@@ -213,6 +213,9 @@ def test_a_plan_warns_of_what_looks_wrong(videos, tmp_path, monkeypatch, capsys)
     out = capsys.readouterr().out
     assert "warning: 4 of 28 rows and columns fill no patch and are dropped\n" in out
     assert "warning: a step takes 76 s on a CPU of 100 GFLOP/s\n" in out  # for 16 clips
+    assert (
+        "warning: so few steps teach little; try more --epochs or a smaller --batch_size\n" in out
+    )
 
 
 @pytest.mark.parametrize("stage", STAGES)

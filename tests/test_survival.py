@@ -345,6 +345,29 @@ def test_a_process_that_ends_alone_leaves_no_other_nor_a_worker(videos, tmp_path
             os.killpg(process.pid, 0)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_no_worker_outlives_a_test_that_is_ended(number, whole, videos, tmp_path):
+    line = line_of(
+        "finetune_cls", videos, tmp_path, f"--num_workers 1 --eval --init {whole('finetune_cls')}"
+    )
+    job = start(
+        "finetune_cls", line, harm="data.TestDataset.__getitem__ = lambda *_: time.sleep(99)"
+    )
+    job.wait_for(lambda: len(family(job.pid)) == 2)
+    _, worker = family(job.pid)
+    time.sleep(0.5)  # for the worker to begin
+    os.kill(job.pid, number)
+    job.processes[0].join(10)
+    for _ in range(100):
+        time.sleep(0.02)
+        with contextlib.suppress(FileNotFoundError), open(f"/proc/{worker}/cmdline") as file:
+            if file.read():  # else it is dead, and waits for whoever takes up orphans
+                continue
+        return
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the worker works on")
+
+
 def test_a_run_starts_at_one_step_and_saves_finite_weights_alone(videos, tmp_path, monkeypatch):
     monkeypatch.setattr(m, "gather", lambda start: [start, 3])
     message = run_stage("mae_pretrain", line_of("mae_pretrain", videos, tmp_path))
