@@ -947,7 +947,7 @@ DEMO_HEIGHT, DEMO_FPS = 48, Fraction(15, 2)  # every 4th of 30 frames a second: 
 DEMO_VIDEOS = {  # videos of each split
     "mae_pretrain": dict(train=2400, val=8),  # to pre-train on
     "finetune_cls": dict(train=200, val=400),  # a few labelled ones, and more to test on
-    "finetune_ava": dict(train=200, val=100),  # movies of two things
+    "finetune_ava": dict(train=50, val=100),  # movies of two things
 }
 DEMO_SECONDS = 902, 904  # that are annotated; a movie starts at 900
 DEMO_VERSION = "8"  # of the drawings: a change makes the demo anew
@@ -1064,14 +1064,14 @@ def make_demo_videos(part, folder):
 
 def make_demo_ava(part, folder):
     """Movies with two things each, and AVA's files about them; detected boxes are a little off."""
-    notes, size = folder / "annotations", (72, DEMO_HEIGHT) * 2  # of a frame, for boxes
+    notes, size = folder / "annotations", (96, DEMO_HEIGHT) * 2  # of a frame, for boxes
     numbers = {name: number for number, name in enumerate(DEMO_ACTIONS, 1)}
-    things = [(None, None, 0.28), (None, None, 0.72)]
+    things = [(None, None, 0.25), (None, None, 0.75)]
     for split, count in DEMO_VIDEOS[part].items():
         tasks = []
         for i in range(count):
             seed = stateless_seed(i, split == "val", 2) % 2**32
-            scene = dict(seed=seed, things=things, radius=(11, 13.5), width=72, num_frames=48)
+            scene = dict(seed=seed, things=things, radius=(14, 16), width=96, num_frames=48)
             tasks.append((folder / "videos" / f"{split}{i:04d}.mp4", scene))
         truth = []
         detected = []

@@ -34,12 +34,12 @@ import data
 SEEDS = 0, 1, 2
 # What is searched, for both sides alike: learning rate, layer-wise decay and epochs, the longer for the best three.
 RATES = {"finetune_cls": (5e-4, 1e-3, 2e-3, 4e-3), "finetune_ava": (1e-3, 2e-3, 4e-3, 8e-3)}
-DECAYS = 1.0, 0.75
-LENGTHS = {"finetune_cls": (20, 40), "finetune_ava": (10, 20)}
+DECAYS = 1.0, 0.75, 0.6
+LENGTHS = {"finetune_cls": (20, 40), "finetune_ava": (30, 60)}
 PROBE_RATES = 1e-2, 3e-2
 BEST = {  # what a search with an earlier recipe found: learning rate, layer-wise decay, epochs
     "finetune_cls": {"scratch": (1e-3, 1.0, 40), "pre-trained": (4e-3, 0.75, 40)},
-    "finetune_ava": {"scratch": (4e-3, 1.0, 20), "pre-trained": (2e-3, 0.75, 20)},
+    "finetune_ava": {"scratch": (4e-3, 1.0, 60), "pre-trained": (4e-3, 0.6, 60)},
 }
 
 
@@ -71,7 +71,7 @@ class Study:
                 self.start([*line, "--output_dir", str(out)], out)
                 log = [json.loads(entry) for entry in (out / "log.jsonl").read_text().splitlines()]
                 args = json.loads((out / "args.json").read_text())
-                clips = args["batch_size"] * args["repeat_aug"] * args["log_interval"]
+                clips = args["batch_size"] * args.get("repeat_aug", 1) * args["log_interval"]
                 results = dict(seconds=sum(clips / entry["clips_per_s"] for entry in log))
                 if (out / "results.json").exists():
                     results |= json.loads((out / "results.json").read_text())
