@@ -524,7 +524,8 @@ class Video:
         """The careful pass, from `lead` seconds before: {time stamp: frame} of the frames that came
         out nearest to times, and how many of these are damaged.
         """
-        self.open()  # a new decoder, in which nothing of an earlier pass is left
+        if lead < math.inf:  # else packets opens it
+            self.open()  # a new decoder, in which nothing of an earlier pass is left
         frames = np.full(len(times), None)  # the nearest intact frame to each time, so far
         distance = np.full(len(times), np.inf)
         damaged = [1e99]  # stamps of what is damaged; the first is far from all times

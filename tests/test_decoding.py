@@ -1,5 +1,6 @@
 """Decoding, against decoding every frame and picking the nearest: order, time, damage, pixels."""
 
+import math
 import contextlib
 import os
 import struct
@@ -315,6 +316,74 @@ def test_a_careful_pass_reads_no_more_than_it_must_and_is_told_of_once(
             video.frames([25.0])
         assert (300 < len(read) < 390) if name != "d.mp4" else len(read) < 100
     assert data.Video.careful == 101 and capsys.readouterr().out.count("careful pass") == 1
+
+
+@pytest.mark.parametrize("name, careful", [("open_gop.mp4", 0), ("h264.mkv", 0), ("fields.mp4", 9)])
+def test_the_fast_pass_does_for_all_but_interlaced_videos(name, careful, tmp_path, monkeypatch):
+    options = ORDERS.get(name, dict(options={"x264-params": "tff=1:keyint=12"}))
+    path = encode(tmp_path / name, numbered_frames(100), **options)
+    monkeypatch.setattr(data.Video, "careful", 0)
+    with data.Video(path) as video:
+        for number in range(20, 29):  # shown before a key frame and after it
+            assert read_number(*video.frames([number / 30])) == number
+    assert data.Video.careful == careful
+
+
+def test_frames_that_nothing_refers_to_are_not_decoded_unless_wanted(tmp_path):
+    class Counting:
+        def __init__(self, codec):
+            vars(self).update(codec=codec, count=0)
+
+        def __getattr__(self, name):
+            return getattr(self.codec, name)
+
+        def __setattr__(self, name, value):
+            setattr(self.codec, name, value)
+
+        def decode(self, packet):
+            out = self.codec.decode(packet)
+            vars(self)["count"] += len(out)
+            return out
+
+    options = {"x264-params": "keyint=90:scenecut=0:bframes=3:b-adapt=0:b-pyramid=none"}
+    path = encode(tmp_path / "a.mp4", numbered_frames(89), options=options)
+    with data.Video(path) as video:
+        video.codec = Counting(video.codec)
+        assert read_number(*video.frames([80 / 30])) == 80
+        assert 15 < video.codec.count < 30  # one in four, with those not yet skipped
+
+
+SPARSE = dict(times=range(0, 900, 4))  # 225 frames in 30 s: a careful pass does not reach the start
+
+
+def test_a_seek_that_leads_too_far_is_noticed(tmp_path):
+    path = encode(
+        tmp_path / "a.mkv", numbered_frames(225), codec="mjpeg", pix_fmt="yuvj420p", **SPARSE
+    )
+    with data.Video(path) as video:
+        packets, late = video.packets, video.start + 25 * video.second
+
+        def too_far(first, last):
+            yield from (p for p in packets(first, last) if first == -math.inf or p.pts > late)
+
+        video.packets = too_far
+        assert read_number(*video.frames([20.0])) == 150
+
+
+def test_a_careful_pass_finds_frames_whose_stamps_are_out_of_order(tmp_path, monkeypatch):
+    path = encode(tmp_path / "a.mkv", numbered_frames(80), codec="mjpeg", pix_fmt="yuvj420p")
+    monkeypatch.setattr(data.Video, "decode_chosen", lambda *_: None)
+    with data.Video(path) as video:
+        packets = video.packets
+
+        def swapped(*args):  # 1, 0, 3, 2, 5, 4: neighbours have each other's stamps
+            for packet in packets(*args):
+                odd = round(packet.pts / video.second * 30) % 2
+                packet.pts += round((1 - 2 * odd) / 30 * video.second)
+                yield packet
+
+        video.packets = swapped
+        assert [read_number(*video.frames([number / 30])) for number in (40, 41)] == [41, 40]
 
 
 def test_few_packets_are_kept_in_memory(tmp_path, monkeypatch):
