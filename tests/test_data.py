@@ -420,8 +420,9 @@ def test_the_demo_is_real_files_in_the_official_layout_made_once(tmp_path, monke
         data.make_demo(args)
 
 
-def test_the_same_frames_give_the_same_file(tmp_path):
-    frames, _ = data.draw_scene(4, [("ring", "slides", 0.5)], (15, 17))
+@pytest.mark.parametrize("seed", [5, 6, 1373224434])  # with x264's lookahead each fails
+def test_the_same_frames_give_the_same_file(seed, tmp_path):
+    frames, _ = data.draw_scene(seed, [("ring", "slides", 0.5)], (15, 17))
     files = set()
     for _ in range(40):
         data.write_video(tmp_path / "a.mp4", frames, data.DEMO_FPS, crf=20)
