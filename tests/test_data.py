@@ -420,7 +420,7 @@ def test_the_demo_is_real_files_in_the_official_layout_made_once(tmp_path, monke
         data.make_demo(args)
 
 
-@pytest.mark.parametrize("seed", [5, 6, 1373224434])  # with x264's lookahead each fails
+@pytest.mark.parametrize("seed", [5, 6, 1373224434])  # with x264's lookahead at least two fail
 def test_the_same_frames_give_the_same_file(seed, tmp_path):
     frames, _ = data.draw_scene(seed, [("ring", "slides", 0.5)], (15, 17))
     files = set()
