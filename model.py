@@ -91,13 +91,8 @@ def normalize(pixels):
 
 
 def pick_rows(x, ids):
-    """Each sample's rows with the given ids: (B, N, C), (B, K) -> (B, K, C).
-
-    index_select copies whole rows; gather would look up an index for every element.
-    """
-    B, N, C = x.shape
-    rows = ids + N * torch.arange(B, device=ids.device)[:, None]
-    return x.reshape(B * N, C).index_select(0, rows.flatten()).view(B, -1, C)
+    """Each sample's rows with the given ids: (B, N, C), (B, K) -> (B, K, C)."""
+    return x[torch.arange(len(x), device=x.device)[:, None], ids]
 
 
 # Figure 4. The functions below return noise, not masks: one random number for all tokens that are
@@ -387,8 +382,8 @@ class VideoViT(nn.Module):
 
 def sines(n, dim):
     """(n, dim): sines and cosines of positions 0..n-1, at wavelengths from 4 to 4 * n."""
-    angle = torch.arange(n)[:, None] * torch.pi / 2 * n ** -torch.linspace(0, 1, dim // 2)
-    return torch.cat([angle.sin(), angle.cos()], 1)
+    angle = torch.arange(n)[:, None] * torch.pi / 2 * n ** -torch.linspace(0, 1, (dim + 1) // 2)
+    return torch.cat([angle.sin(), angle.cos()], 1)[:, :dim]
 
 
 def start_from_sines(model):
@@ -399,13 +394,12 @@ def start_from_sines(model):
     t, h, w = model.grid
     for name, table in model.named_parameters():  # (1, h*w, D) or (1, t, D)
         dim = table.shape[-1]
-        if "pos_embed" in name and dim % 4:
-            raise InputError(f"sines need a width that 4 divides, not {dim}")
         if name.endswith("pos_embed_temporal"):
             table.data[0] = sines(t, dim)
         elif name.endswith("pos_embed_spatial"):
             rows = sines(h, dim // 2).repeat_interleave(w, 0)
-            table.data[0] = torch.cat([rows, sines(w, dim // 2).repeat(h, 1)], 1)
+            columns = sines(w, dim - dim // 2).repeat(h, 1)
+            table.data[0] = torch.cat([rows, columns], 1)
 
 
 # ------------------------------------------------------------------------------------------- MAE
@@ -1253,8 +1247,9 @@ def resume(args, may_differ, model, optimizer, videos):
     model.load_state_dict(run["model"])
     optimizer.load_state_dict(run["optimizer"])
     print_rank0(f"{path}: resuming after step {run['step']}")
-    if run["videos"] != videos.digest:
-        print_rank0(f"warning: the list has changed: was {run['videos']}, is {videos.digest}")
+    if run["videos"] != len(videos):
+        then = count(run["videos"], videos.unit)
+        print_rank0(f"warning: the list has changed: it had {then}, now {len(videos)}")
     return run["step"], path
 
 
@@ -1449,7 +1444,7 @@ class Run:
         """Write a checkpoint with all a resumed run needs; a kill at any time leaves one intact."""
         path, previous = (self.out / name for name in CHECKPOINTS)
         content = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=self.done)
-        content |= dict(args=vars(self.args), videos=self.videos.digest, **more)
+        content |= dict(args=vars(self.args), videos=len(self.videos), **more)
         with writing(path) as beside:
             with open(beside, "wb") as file:
                 torch.save(content, file)

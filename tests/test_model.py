@@ -285,8 +285,7 @@ def test_sines_have_wavelengths_from_4_to_4n_for_rows_then_columns_and_for_time(
             waves = 4 * len(table) ** torch.linspace(0, 1, table.shape[1] // 2)
             angle = 2 * torch.pi * torch.arange(len(table))[:, None] / waves
             assert_close(table, torch.cat([angle.sin(), angle.cos()], 1))
-    with pytest.raises(m.InputError, match="a width that 4 divides, not 18"):
-        m.start_from_sines(tiny(decoder_embed_dim=18))
+    m.start_from_sines(tiny(decoder_embed_dim=18))  # any width will do
 
 
 @pytest.mark.parametrize("clips", [1, 2])
@@ -411,6 +410,7 @@ DAMAGED = "not a readable checkpoint: not a PyTorch file of nothing but tensors 
 UNUSABLE = {  # a file: what it holds beside good weights, None instead of one; what is said
     "wide": (dict(cls_token=torch.ones(1, 1, 64)), r"does not fit.*cls_token is \[1, 1, 64\], not \[1, 1, 32\].*is --model"),
     "no_attention": ({"blocks.1.attn.q.weight": None}, "does not fit this model: blocks.1.attn.q.weight is missing"),
+    "no_norm": ({"norm.weight": None}, "does not fit this model: norm.weight is missing"),
     "no_class_token": (dict(cls_token=None), "does not fit this model: cls_token is missing"),
     "no_class_position": (dict(pos_embed=torch.ones(1, 64, 32)), "does not fit this model: "),
     "not_square": (dict(pos_embed_spatial=torch.ones(1, 15, 32)), "does not fit this model: "),
