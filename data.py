@@ -17,7 +17,6 @@ import contextlib
 import csv
 import ctypes
 import functools
-import hashlib
 import io
 import itertools
 import json
@@ -70,12 +69,6 @@ def stateless_seed(*numbers):
     return state.item() >> 1
 
 
-def short_hash(*arrays):
-    """A hash of a list, to notice when it changes."""
-    content = b"".join(np.asarray(array).tobytes() for array in arrays)
-    return hashlib.blake2b(content, digest_size=8).hexdigest()
-
-
 # ----------------------------------------------------------------------------------------- lists
 
 
@@ -91,20 +84,16 @@ class VideoList:
         self.class_names = class_names
         self.num_classes = num_classes
         # Arrays: 240,000 Python strings would be copied into every worker.
-        self.paths = np.array([os.fsencode(path) for path in paths])
+        self.paths = np.array(paths)
         self.labels = None if labels is None else np.array(labels)
 
     def __len__(self):
         return len(self.paths)
 
     def path(self, index):
-        return os.path.join(self.root, os.fsdecode(self.paths[index]))
+        return os.path.join(self.root, self.paths[index])
 
     name = path  # what messages call a video
-
-    @property
-    def digest(self):
-        return short_hash(self.paths, [] if self.labels is None else self.labels)
 
 
 def find_videos(args, split, classes=0):
@@ -938,20 +927,19 @@ def report_failures(args, videos, failures):
 
 # ------------------------------------------------------------------------------------------ demo
 
-DEMO_MOTIONS = {  # how far to the right and down, in heights of a frame, and how much larger
-    "rises": (0, -0.4, 0),
-    "falls": (0, 0.4, 0),
-    "slides": (0.4, 0, 0),
+DEMO_MOTIONS = {  # how many pixels to the right and down, and how much larger
+    "rises": (0, -20, 0),
+    "falls": (0, 20, 0),
+    "slides": (20, 0, 0),
     "swells": (0, 0, 0.5),
 }
-DEMO_HEIGHT, DEMO_FPS = 48, Fraction(15, 2)  # every 4th of 30 frames a second: all that clips use
+DEMO_FRAMES, DEMO_FPS = 20, Fraction(15, 2)  # every 4th of 30 frames a second: all that clips use
 DEMO_VIDEOS = {  # videos of each split
     "mae_pretrain": dict(train=2400, val=8),  # to pre-train on
     "finetune_cls": dict(train=200, val=400),  # a few labelled ones, and more to test on
-    "finetune_ava": dict(train=50, val=100),  # movies of two things
+    "finetune_ava": dict(train=50, val=200),  # movies of two things
 }
-DEMO_SECONDS = 902, 904  # that are annotated; a movie starts at 900
-DEMO_VERSION = "9"  # of the drawings: a change makes the demo anew
+DEMO_START, DEMO_KEYFRAME = 900.5, 902  # seconds: a movie's first, and the one that is annotated
 
 
 def bar(x, y, left, top, right, bottom):
@@ -974,47 +962,41 @@ DEMO_SHAPES = {  # classes; roughly the signed distance to the outline of a shap
 DEMO_ACTIONS = [*DEMO_SHAPES, *DEMO_MOTIONS]  # of AVA's part, numbered from 1
 
 
-def draw_scene(seed, things, radius, width=56, num_frames=20):
+def draw_scene(seed, things, radius, size):
     """Draw things of any color that move before a background of any other.
 
-    things: (shape, motion, x) of each, None for random; x: its position halfway through, in 0..1.
-    radius: its range in pixels. Returns the video, uint8 (T, H, W, 3), and (shape, motion, boxes
-    (T, 4) in pixels) of each thing.
+    things: (shape, motion, x) of each; x: its position halfway through, in 0..1. radius: its range
+    in pixels. size: (width, height). Returns the video, uint8 (T, H, W, 3), and the boxes (T, 4) of
+    each thing, as shares of the frame.
     """
     rng = np.random.RandomState(seed)
-    height = DEMO_HEIGHT
+    width, height = size
     colors = np.zeros((1 + len(things), 3))
     while (abs(colors[1:] - colors[0]).sum(1) < 300).any():  # things must stand out
         colors = rng.uniform(0, 255, colors.shape)
-    t, y, x = np.mgrid[:num_frames, :height, :width]
-    t = t / num_frames - 0.5
-    shade = (x / width - 0.5) * rng.uniform(-30, 30) + (y / height - 0.5) * rng.uniform(-30, 30)
-    video = colors[0] + shade[..., None]  # (T, H, W, 3)
+    t = np.arange(DEMO_FRAMES)[:, None, None] / DEMO_FRAMES - 0.5
+    y, x = np.mgrid[:height, :width]
+    video = np.broadcast_to(colors[0], (DEMO_FRAMES, *y.shape, 3))
     drawn = []
     for (shape, motion, place), color in zip(things, colors[1:]):
-        shape = shape or rng.choice([*DEMO_SHAPES])
-        motion = motion or rng.choice([*DEMO_MOTIONS])
         right, down, growth = DEMO_MOTIONS[motion]
-        center_x, center_y = ((place, 0.5) + rng.uniform(-0.05, 0.05, 2)) * (width, height)
-        center_x = center_x + right * height * t
-        center_y = center_y + down * height * t
+        left, top = ((place, 0.5) + rng.uniform(-0.05, 0.05, 2)) * size
+        center_x = left + right * t
+        center_y = top + down * t
         scale = rng.uniform(*radius) * (1 + growth * t)
-        angle = rng.uniform(-0.1, 0.1)
-        u = (x - center_x) / scale
-        v = (y - center_y) / scale
-        u, v = u * np.cos(angle) - v * np.sin(angle), u * np.sin(angle) + v * np.cos(angle)
-        inside = (0.5 - DEMO_SHAPES[shape](u, v) * scale).clip(0, 1)[..., None]  # with a soft edge
-        video += inside * (color - video)
+        distance = scale * DEMO_SHAPES[shape]((x - center_x) / scale, (y - center_y) / scale)
+        inside = (0.5 - distance).clip(0, 1)[..., None]  # with a soft edge
+        video = video + inside * (color - video)
         box = center_x - scale, center_y - scale, center_x + scale, center_y + scale
-        drawn.append((shape, motion, np.stack(box, 3)[:, 0, 0]))  # alike at all pixels of a frame
-    return video.clip(0, 255).astype(np.uint8), drawn
+        drawn.append(np.stack(box, 3)[:, 0, 0] / (size * 2))
+    return video.astype(np.uint8), drawn
 
 
 def write_scene(task):
-    """Write a scene to a file: (path, arguments of draw_scene). Returns what is there."""
+    """Write a scene to a file: (path, arguments of draw_scene). Returns its boxes."""
     path, scene = task
-    picture, drawn = draw_scene(**scene)
-    write_video(path, picture, DEMO_FPS, crf=20)
+    video, drawn = draw_scene(**scene)
+    write_video(path, video, DEMO_FPS, crf=20)
     return drawn
 
 
@@ -1030,64 +1012,56 @@ def make_demo(args):
     """
     part = args.stage
     folder = Path("data/demo", part)
-    version = folder / "VERSION"
-    if Path(args.data) != folder or is_version(version):
+    if Path(args.data) != folder or folder.exists():
         return
     making = folder.with_name(f"{part}.making{os.getpid()}")  # two runs may make it at once
-    (make_demo_ava if part == "finetune_ava" else make_demo_videos)(part, making)
-    (making / "VERSION").write_text(DEMO_VERSION)
-    if is_version(version):
-        shutil.rmtree(making)  # the other one was faster
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    making.rename(folder)
-
-
-def is_version(file):
-    """Whether the demo's videos are as this version of the code draws them."""
-    return file.exists() and file.read_text() == DEMO_VERSION
-
-
-def make_demo_videos(part, folder):
-    """Every shape in every motion; labelled videos in a folder for each shape."""
-    tasks = []
-    shapes = [*DEMO_SHAPES]
     for split, count in DEMO_VIDEOS[part].items():
-        for i in range(count):
-            shape = shapes[i % 8]
-            motion = [*DEMO_MOTIONS][(i // 2 + i // 8) % 4]
-            seed = stateless_seed(i, split == "val", part == "finetune_cls") % 2**32
-            scene = dict(seed=seed, things=[(shape, motion, 0.5)], radius=(15, 17))
-            label = shape if part == "finetune_cls" else ""
-            tasks.append((folder / split / label / f"{i:05d}.mp4", scene))
+        if part == "finetune_ava":
+            make_demo_ava(making, split, count)
+        else:
+            make_demo_videos(making, split, count, labelled=part == "finetune_cls")
+    try:
+        making.rename(folder)
+    except OSError:  # the other one was faster
+        shutil.rmtree(making)
+
+
+def make_demo_videos(folder, split, count, labelled):
+    """Every shape in every motion; labelled ones in a folder for each shape."""
+    tasks = []
+    for i in range(count):
+        shape = [*DEMO_SHAPES][i % 8]
+        motion = [*DEMO_MOTIONS][(i // 2 + i // 8) % 4]
+        seed = stateless_seed(i, split == "val", labelled) % 2**32
+        scene = dict(seed=seed, things=[(shape, motion, 0.5)], radius=(15, 17), size=(56, 48))
+        label = shape if labelled else ""
+        tasks.append((folder / split / label / f"{i:05d}.mp4", scene))
     write_scenes(tasks)
 
 
-def make_demo_ava(part, folder):
+def make_demo_ava(folder, split, count):
     """Movies with two things each, and AVA's files about them; detected boxes are a little off."""
-    notes, size = folder / "annotations", (96, DEMO_HEIGHT) * 2  # of a frame, for boxes
     numbers = {name: number for number, name in enumerate(DEMO_ACTIONS, 1)}
-    things = [(None, None, 0.25), (None, None, 0.75)]
-    for split, count in DEMO_VIDEOS[part].items():
-        tasks = []
-        for i in range(count):
-            seed = stateless_seed(i, split == "val", 2) % 2**32
-            scene = dict(seed=seed, things=things, radius=(14, 16), width=96, num_frames=48)
-            tasks.append((folder / "videos" / f"{split}{i:04d}.mp4", scene))
-        truth = []
-        detected = []
-        rng = np.random.RandomState(split == "val")
-        for (path, _), drawn in zip(tasks, write_scenes(tasks)):
-            for second in DEMO_SECONDS:
-                for person, (*actions, boxes) in enumerate(drawn):
-                    key = path.stem, f"{second:04d}"
-                    box = boxes[int((second - 900) * DEMO_FPS)] / size
-                    off = (box + rng.normal(0, 0.01, 4)).clip(0, 1)
-                    for number in map(numbers.get, actions):
-                        truth.append([*key, *box.clip(0, 1), number, person])
-                        detected.append([*key, *off, number, 0.9])
-        write_csv(notes / f"ava_{split}_v2.2.csv", truth)
-        write_csv(notes / f"ava_detection_{split}_boxes_and_labels.csv", detected)
+    rng = np.random.RandomState(split == "val")
+    shapes, motions = [*DEMO_SHAPES], [*DEMO_MOTIONS]
+    tasks = []
+    for i in range(count):
+        things = [(rng.choice(shapes), rng.choice(motions), place) for place in (0.25, 0.75)]
+        seed = stateless_seed(i, split == "val", 2) % 2**32
+        scene = dict(seed=seed, things=things, radius=(14, 16), size=(96, 64))
+        tasks.append((folder / "videos" / f"{split}{i:04d}.mp4", scene))
+    truth, detected = [], []
+    for (path, scene), drawn in zip(tasks, write_scenes(tasks)):
+        for person, ((*actions, _), boxes) in enumerate(zip(scene["things"], drawn)):
+            box = boxes[int((DEMO_KEYFRAME - DEMO_START) * DEMO_FPS)]
+            off = box + rng.normal(0, 0.01, 4)
+            for number in map(numbers.get, actions):
+                start = path.stem, DEMO_KEYFRAME
+                truth.append([*start, *box.clip(0, 1), number, person])
+                detected.append([*start, *off.clip(0, 1), number, 0.9])
+    notes = folder / "annotations"
+    write_csv(notes / f"ava_{split}_v2.2.csv", truth)
+    write_csv(notes / f"ava_detection_{split}_boxes_and_labels.csv", detected)
     entries = [f'item {{\n  name: "{name}"\n  id: {i}\n}}\n' for name, i in numbers.items()]
     (notes / "ava_action_list_v2.2_for_activitynet_2019.pbtxt").write_text("".join(entries))
 

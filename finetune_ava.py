@@ -30,8 +30,8 @@ from torchvision.io import encode_png
 from torchvision.ops import box_iou
 from torchvision.utils import draw_bounding_boxes
 
-from data import FPS, Batches, TestDataset, TrainDataset, Video, VideoError, files_below, make_demo
-from data import read_entries, report_failures, run_test, short_hash, stateless_seed, to_clip
+from data import DEMO_START, FPS, Batches, TestDataset, TrainDataset, Video, VideoError, files_below
+from data import make_demo, read_entries, report_failures, run_test, stateless_seed, to_clip
 from data import upright_size
 from model import RUN_FLAGS, SIZES, STOPPED, Detector, InputError, Run, autocast, cosine_decay
 from model import count_flops, distribute, fraction, load_for_use, make_optimizer, make_parser
@@ -58,7 +58,7 @@ DEMO = AVA | dict(  # vit_demo, minutes on two CPU cores: too few steps for SGD
     weight_decay=0.05,
     lr=4e-3,
     warmup_epochs=2,
-    epochs=60,
+    epochs=120,
     batch_size=8,
     micro_batch=None,  # all of them
     drop_path=0.2,
@@ -75,7 +75,7 @@ MAY_DIFFER = RUN_FLAGS | TEST_FLAGS | {"dataset", "data", "videos", "video_start
 
 def recipe_of(args):
     recipe = DEMO if args.model == "vit_demo" else AVA
-    return recipe | dict(video_start=900) if args.dataset == "demo" else recipe
+    return recipe | dict(video_start=DEMO_START) if args.dataset == "demo" else recipe
 
 
 def parse_args(argv=None):
@@ -317,10 +317,6 @@ class Keyframes:
     def name(self, index):
         video, second = self.keys[index]
         return f"{self.movies[video]}, second {second:g}"
-
-    @property
-    def digest(self):
-        return short_hash(self.keys, *self.rows)
 
     def boxes(self, index):
         """A keyframe's boxes (K, 4), shares of the frame, and their actions (K, 80), booleans."""

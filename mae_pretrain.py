@@ -47,10 +47,10 @@ SSV2 = dict(hflip=False, segments=True)  # overrides, as in fine-tuning: left is
 DEMO = KINETICS | dict(  # vit_demo, minutes on two CPU cores: many small steps of different videos
     lr=3e-3,
     warmup_epochs=2,
-    epochs=28,
+    epochs=26,
     repeat_aug=1,  # clips of such short videos are much alike, and opening one costs little
     crop_scale=[0.8, 1.0],  # of things this simple, sizes that differ more teach slowly
-    batch_size=32,
+    batch_size=16,
     micro_batch=None,  # all of them
     clip_grad=1.0,
     img_size=48,

@@ -172,7 +172,8 @@ def benchmark_data(args):
         paths = list(args.videos)
         if not paths:
             demo = Path(folder) / "demo.mp4"
-            data.write_video(demo, data.draw_scene(0, [("disc", "slides", 0.5)], (14.5, 18))[0], 15)
+            scene, _ = data.draw_scene(0, [("disc", "slides", 0.5)], (15, 17), (56, 48))
+            data.write_video(demo, scene, data.DEMO_FPS)
             paths = [demo, *(kinetics_video(folder, name) for name in KINETICS_FILES)]
         print_header()
         for path, task, repeats in itertools.product(paths, TASKS, args.repeats):

@@ -80,14 +80,13 @@ def make_videos(folder, videos, movies):
         for i in range(count):
             shape, motion = [*data.DEMO_SHAPES][i % 8], [*data.DEMO_MOTIONS][i % 4]
             seed = i + 100 * (split == "val")
-            frames, _ = data.draw_scene(seed, [(shape, motion, 0.5)], radius=(14.5, 18))
+            frames, _ = data.draw_scene(seed, [(shape, motion, 0.5)], (14.5, 18), (56, 48))
             path = folder / split / f"{split}{i}_000005_000008.mp4"
             data.write_video(path, frames, data.DEMO_FPS)
             rows.append(f"{shape},{split}{i},5,8,{split}")
         (folder / f"{split}.csv").write_text("\n".join(rows))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(data.DEMO_VIDEOS, "ava", movies)
-        data.make_demo_ava("ava", folder / "ava")
+    for split, count in movies.items():
+        data.make_demo_ava(folder / "ava", split, count)
     return folder
 
 
@@ -95,7 +94,7 @@ def make_videos(folder, videos, movies):
 def videos(tmp_path_factory):
     """8 videos to train on, 5 to validate, which 2 and 3 do not divide; as many keyframes."""
     folder = tmp_path_factory.mktemp("videos")
-    return make_videos(folder, dict(train=8, val=5), dict(train=4, val=3))
+    return make_videos(folder, dict(train=8, val=5), dict(train=8, val=5))
 
 
 @pytest.fixture(scope="session")
@@ -105,11 +104,11 @@ def folder(tmp_path_factory):
     Of the boxes detected in AVA's training movies a third each has a score above, at and below 0.8.
     """
     folder = tmp_path_factory.mktemp("folder")
-    make_videos(folder, dict(train=12, val=1), dict(train=6, val=1))
+    make_videos(folder, dict(train=12, val=1), dict(train=12, val=1))
     file = folder / "ava" / "annotations" / "ava_detection_train_boxes_and_labels.csv"
     lines, scores = file.read_text().splitlines(), itertools.cycle([0.95, 0.8, 0.79])
     file.write_text("".join(f"{line.rpartition(',')[0]},{next(scores)}\n" for line in lines))
-    (file.parent / "ava_train_excluded_timestamps_v2.2.csv").write_text("train0000,0904\n")
+    (file.parent / "ava_train_excluded_timestamps_v2.2.csv").write_text("train0000,0902\n")
     return folder
 
 
@@ -117,7 +116,7 @@ SMALL = "--model vit_demo --img_size 24 --precision fp32 --lr 1e-3 --batch_size 
 STAGES = {  # 11 steps of 4 of 8 videos or keyframes; checkpoints and log lines at 3, 6, 9 and 11
     "mae_pretrain": "--epochs 22 --repeat_aug 4 --clip_grad 0.5 --decoder_embed_dim 32",
     "finetune_cls": "--epochs 11 --repeat_aug 2 --drop_path 0.2 --num_classes 8 --views 2x3",
-    "finetune_ava": "--epochs 5.5 --drop_path 0.2 --rel_pos --video_start 900",
+    "finetune_ava": "--epochs 5.5 --drop_path 0.2 --rel_pos --video_start 900.5",
 }
 
 

@@ -60,10 +60,8 @@ def test_lists_have_space_comma_or_tab_and_maybe_a_byte_order_mark(separator, tm
         videos = find(source)
         assert videos.labels.tolist() == [3, 0, 12] and videos.class_names is None
         assert [videos.path(i) for i in range(3)] == [str(tmp_path / name) for name in names]
-    write(tmp_path, "train.txt", text=text.replace("12", "11"))
-    assert find(tmp_path).digest != videos.digest
     write(tmp_path, "train.txt", text=f"path{separator}class\n{text}\n")
-    assert find(tmp_path).digest == videos.digest
+    assert find(tmp_path).paths.tolist() == videos.paths.tolist()
 
 
 @pytest.mark.parametrize("separator", [",", "\t", " "])
@@ -399,6 +397,11 @@ def test_a_broken_video_is_replaced_always_by_the_same(videos, tmp_path):
     assert [index for index, _ in sample["failures"]] == [0] and not clips[0, 1]["failures"]
     assert torch.equal(sample["video"], clips[0, 0]["video"])
     assert not torch.equal(sample["video"], clips[1, 0]["video"])
+    taken, load = set(), clips.load
+    clips.load = lambda index, pass_number: taken.add(index) or load(index, pass_number)
+    for pass_number in range(9):
+        clips[pass_number, 0]
+    assert len(taken) > 3  # not one that stands in for all
 
 
 def test_the_demo_is_real_files_in_the_official_layout_made_once(tmp_path, monkeypatch):
@@ -410,19 +413,16 @@ def test_the_demo_is_real_files_in_the_official_layout_made_once(tmp_path, monke
     for split, count in dict(train=48, val=2).items():
         found = find(args.data, split, classes=None)
         assert len({Path(found.path(i)).read_bytes() for i in range(len(found))}) == count
-    (tasks,) = data.write_scenes.call_args.args
+    (tasks,) = data.write_scenes.call_args_list[0].args
     pairs = {scene["things"][0][:2] for _, scene in tasks}
     assert len(pairs) == 8 * 4  # a shape says nothing of its motion
     data.write_scenes.side_effect = EOFError
     data.make_demo(args)  # it is there
-    write(tmp_path, f"{args.data}/VERSION", text="another")
-    with pytest.raises(EOFError):
-        data.make_demo(args)
 
 
 @pytest.mark.parametrize("seed", [5, 6, 1373224434])  # with x264's lookahead at least two fail
 def test_the_same_frames_give_the_same_file(seed, tmp_path):
-    frames, _ = data.draw_scene(seed, [("ring", "slides", 0.5)], (15, 17))
+    frames, _ = data.draw_scene(seed, [("ring", "slides", 0.5)], (15, 17), (56, 48))
     files = set()
     for _ in range(40):
         data.write_video(tmp_path / "a.mp4", frames, data.DEMO_FPS, crf=20)

@@ -275,11 +275,9 @@ def test_of_two_files_joined_both_are_used(tmp_path):
 def test_a_file_cut_inside_a_group_begins_with_its_first_decodable_frame(name, options, tmp_path):
     path = encode(tmp_path / "whole.ts", noise_frames(200), options=options)
     path.write_bytes(path.read_bytes()[path.stat().st_size // 5 // 188 * 188 :])
-    if (
-        name == "a.mkv"
-    ):  # begins with a key frame, and perhaps with pictures that are shown before it
+    if name == "a.mkv":
 
-        def cut(packets):
+        def cut(packets):  # before a key frame; pictures that are shown before it may come next
             first = next(i for i, packet in enumerate(packets) if packet.is_keyframe)
             return [(packet, None) for packet in packets[first:]]
 
@@ -405,14 +403,12 @@ def test_what_is_no_video_is_refused_for_its_reason(tmp_path, monkeypatch):
     (tmp_path / "list.m3u8").write_text(hls)
     (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile part.ts\n")
     large = np.zeros((1, 4096, 8200, 3), np.uint8)
+    raw = encode(tmp_path / "a.h264", noise_frames(30))
     os.mkfifo(tmp_path / "pipe.mp4")
     for path, reason in {
-        tmp_path
-        / "list.m3u8": "cannot be opened: Invalid argument",  # it would read the other file
+        tmp_path / "list.m3u8": "cannot be opened: Invalid argument",  # it reads other files
         tmp_path / "list.mp4": "cannot be opened: Invalid argument",
-        encode(
-            tmp_path / "a.h264", noise_frames(30)
-        ): "no time stamps.* ffmpeg -i a.h264 -c copy a.mp4",
+        raw: "no time stamps.* ffmpeg -i a.h264 -c copy a.mp4",
         encode(tmp_path / "large.mkv", large, codec="rawvideo"): "frames of 8200 x 4096 pixels",
         with_sound(tmp_path / "cover.mp3", "mjpeg", "libmp3lame"): "no video stream",
         tmp_path / "pipe.mp4": "not a regular one",
@@ -492,6 +488,19 @@ def test_wanted_frames_far_apart_are_not_read_through(tmp_path, monkeypatch):
     assert 2 * counts[0] < counts[1]
 
 
+def test_damage_in_one_place_leaves_wanted_frames_far_from_it(tmp_path, monkeypatch):
+    def spoil(packets):
+        for i, packet in enumerate(packets):
+            yield packet, b"no picture" if i == 150 else bytes(packet)
+
+    path = encode(tmp_path / "a.mkv", numbered_frames(250), codec="mjpeg", pix_fmt="yuvj420p")
+    path = rewrite(path, tmp_path / "spoilt.mkv", spoil)
+    monkeypatch.setattr(data, "READ_THROUGH", 1)
+    with data.Video(path) as video:
+        got = [read_number(frame) for frame in video.frames(np.array([10, 100, 150, 240]) / 30)]
+    assert got in ([10, 100, 149, 240], [10, 100, 151, 240])
+
+
 @pytest.mark.parametrize("levels, space", [("tv", "bt470bg"), ("pc", "bt709")])  # of the colours
 def test_cutting_and_scaling_in_one_pass_is_cutting_then_scaling(levels, space, tmp_path):
     settings = dict(codec="libvpx-vp9", pix_fmt="yuv444p")
@@ -516,9 +525,8 @@ def test_few_colours_become_many_before_they_are_scaled(pix_fmt, tmp_path):
         for picture in noise_frames(60):
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             if pix_fmt == "pal8":
-                frame = av.VideoFrame.from_ndarray(
-                    (picture[..., 0].copy(), palette), format=pix_fmt
-                )
+                picture = picture[..., 0].copy(), palette
+                frame = av.VideoFrame.from_ndarray(picture, format=pix_fmt)
             container.mux(stream.encode(frame.reformat(format=pix_fmt)))
     with data.Video(tmp_path / "a.avi") as video:
         frames = video.frames([0.1, 1.5])
