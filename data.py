@@ -936,7 +936,7 @@ DEMO_MOTIONS = {  # how many pixels to the right and down, and how much larger
 DEMO_FRAMES, DEMO_FPS = 20, Fraction(15, 2)  # every 4th of 30 frames a second: all that clips use
 DEMO_VIDEOS = {  # videos of each split
     "mae_pretrain": dict(train=2400, val=8),  # to pre-train on
-    "finetune_cls": dict(train=200, val=400),  # a few labelled ones, and more to test on
+    "finetune_cls": dict(train=320, val=400),  # a few labelled ones, and more to test on
     "finetune_ava": dict(train=50, val=200),  # movies of two things
 }
 DEMO_START, DEMO_KEYFRAME = 900.5, 902  # seconds: a movie's first, and the one that is annotated
