@@ -370,9 +370,8 @@ class Video:
         if not stamps:
             raise VideoError("has no time stamps; to add some: ffmpeg -i a.h264 -c copy a.mp4")
         self.start = min(stamps)
-        length = (self.container.duration or 0) / av.time_base  # it may be the sound's
         whole = name in STREAMS and os.path.getsize(path) < WHOLE
-        tail = {} if whole else self.stamps(self.start + (length - 1) * self.second)
+        tail = {} if whole else self.stamps(1e6 * self.second)  # from the last key frame on
         self.end = max((tail or self.stamps(-math.inf)).values())
         self.duration = (self.end - self.start) / self.second
 

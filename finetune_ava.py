@@ -175,31 +175,29 @@ def finite(text):
     return float(text)
 
 
-def read_boxes(file, kind="detections", threshold=-math.inf, excluded=()):
+def read_boxes(file, proposals=False, threshold=-math.inf, excluded=()):
     """Read boxes: {(video, second): array (R, 6) of x1, y1, x2, y2, action, score}, as in the file.
 
-    Rows are video,second,x1,y1,x2,y2,action,score, with boxes as shares of the frame. The "truth"
-    has a person instead of the score (here 1). "detections" are what is scored. "proposals" are
-    boxes to train on or to say actions of; they may lack the action (0) or the score (1).
+    Rows are video,second,x1,y1,x2,y2,action,score, with boxes as shares of the frame; true boxes
+    have a person in the place of a score. proposals: boxes to train on or to say actions of, whose
+    action may be missing, empty or -1 (then 0), and whose score may be missing (then 1).
     Rows with lower scores than the threshold and those of excluded (video, second) are left out.
     Raises InputError with file and line.
     """
-    columns = 8 if kind == "detections" else 6  # without an action, the truth is refused below
 
     def convert(row):
-        if len(row) < columns:
-            raise ValueError(f"not enough values: {len(row)}")
-        second = finite(row[1])
-        x1, y1, x2, y2 = map(float, row[2:6])
-        action = int(row[6]) if len(row) > 6 and row[6].strip() not in ("", "-1") else 0
-        score = finite(row[7]) if kind != "truth" and len(row) > 7 else 1.0
+        if proposals:
+            row = row + ["", "1"][len(row) - 6 :]
+        video, second, *box, action, score = row
+        x1, y1, x2, y2 = map(float, box)
         thin = 1e-5  # thinner boxes are empty when they are written with six digits
         if not (-1 < x1 < x2 - thin < 2 and -1 < y1 < y2 - thin < 2):
             raise ValueError("not a box; expected x1 < x2 and y1 < y2, as shares of the frame")
-        if not (0 if kind == "proposals" else 1) <= action <= AVA_CLASSES:
+        action = int(action or -1)
+        if not (1 <= action <= AVA_CLASSES or (proposals and action == -1)):
             raise ValueError(f"action {action} is outside 1..{AVA_CLASSES}")
-        key = row[0].strip(), second
-        return (key, (x1, y1, x2, y2, action, score)) if score >= threshold else None
+        key, score = (video.strip(), finite(second)), finite(score)
+        return (key, (x1, y1, x2, y2, max(0, action), score)) if score >= threshold else None
 
     boxes = {}
     expected = "video,second,x1,y1,x2,y2,action,score (or person)"
@@ -256,7 +254,7 @@ def find_movies(args, names):
 def read_ground_truth(args):
     """What a test is scored against: true boxes, actions that count, and excluded seconds."""
     excluded = read_excluded(find_file(args, "val", "excluded", needed=False))
-    truth = read_boxes(find_file(args, "val", "ground_truth"), "truth", excluded=excluded)
+    truth = read_boxes(find_file(args, "val", "ground_truth"), excluded=excluded)
     actions = read_action_list(find_file(args, "val", "action_list"))
     if args.allow_missing:  # what happens in missing movies must not count as missed
         movies = find_movies(args, {video for video, _ in truth})
@@ -272,14 +270,14 @@ def read_keyframes(args, split):
     train = split == "train"
     excluded = read_excluded(find_file(args, split, "excluded", needed=False))
     source = find_file(args, split, "boxes", needed=not train)
-    boxes = read_boxes(source, "proposals", args.detection_threshold) if source else {}
+    boxes = read_boxes(source, proposals=True, threshold=args.detection_threshold) if source else {}
     if source and not boxes:
         raise InputError(f"{source}: no box reaches --detection_threshold")
     if train:  # its keyframes are those of the ground truth
         if boxes and not any(rows[:, 4].any() for rows in boxes.values()):
             raise InputError(f"{source}: boxes without actions cannot be trained on")
         source = find_file(args, split, "ground_truth")
-        for key, rows in read_boxes(source, "truth").items():
+        for key, rows in read_boxes(source).items():
             boxes[key] = np.concatenate([rows, boxes.get(key, rows[:0])])
     movies = find_movies(args, {video for video, _ in boxes})
     kept = {}
@@ -657,7 +655,7 @@ def caption(scores, actions, most=3, least=0.2):
 def predict(detector, args, actions):
     """Print and draw what the people in --boxes do in a video, and write detections.csv."""
     video = Path(args.predict).stem
-    boxes = read_boxes(args.boxes, "proposals")
+    boxes = read_boxes(args.boxes, proposals=True)
     boxes = {key: rows for key, rows in boxes.items() if key[0] == video}
     if not boxes or not Path(args.predict).exists():
         raise InputError(f"{args.predict}: no such file, or no box of {video} in {args.boxes}")

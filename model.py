@@ -550,20 +550,17 @@ class RelPosAttention(Attention):
         """
         q, k, v = self.project(x)  # (B, heads, 1 + N, C)
         C = q.shape[-1]
-        q_grid = q[:, :, 1:].unflatten(2, grid)  # (B, heads, t, h, w, C)
+        axes = [torch.arange(n, device=x.device) for n in grid]
         products = []
         ones = []
-        for axis, n, table in zip("thw", grid, (self.rel_pos_t, self.rel_pos_h, self.rel_pos_w)):
-            place = torch.arange(n, device=x.device)
-            R = resize_time(table[None], 2 * n - 1)[0]
-            R = R[place[:, None] - place + n - 1].to(q.dtype)  # (n of q, n of k, C)
-            products.append(torch.einsum(f"bathwc,{axis}kc->bathwk", q_grid, R))
-            # (t, h, w, n): 1 where a token lies on this axis. A comparison, not one_hot, which
-            # torch.compile would recompile for each frame size.
-            own = place.view([n if other == axis else 1 for other in "thw"])[..., None] == place
-            ones.append(own.expand(*grid, n))
-        products = torch.cat(products, -1).flatten(2, 4)  # (B, heads, N, t + h + w)
-        ones = torch.cat(ones, -1).flatten(0, 2).to(k.dtype)  # (N, t + h + w)
+        tables = self.rel_pos_t, self.rel_pos_h, self.rel_pos_w
+        for n, axis, own, table in zip(grid, axes, torch.cartesian_prod(*axes).T, tables):
+            distance = own[:, None] - axis  # (N, n): of each token to each place on this axis
+            R = resize_time(table[None], 2 * n - 1)[0, distance + n - 1]  # (N, n, C)
+            products.append(torch.einsum("bhqc,qkc->bhqk", q[:, :, 1:], R.to(q.dtype)))
+            ones.append(distance == 0)
+        products = torch.cat(products, -1)  # (B, heads, N, t + h + w)
+        ones = torch.cat(ones, -1).to(k.dtype)  # (N, t + h + w)
         # Flash kernels need q, k and v equally wide, a multiple of 8: hence the zeros. Not
         # -n % 8, which torch 2.6 miscompiles for dynamic sizes on a CPU.
         fill = 7 - (C + sum(grid) - 1) % 8
@@ -1413,15 +1410,14 @@ class Run:
 
         values: (processes, steps, 2) since the last log point.
         """
-        bad = ~values.isfinite()
+        bad = ~values.isfinite().all(2)  # (processes, steps)
         if bad.any():
-            first = bad.any(2).any(0).nonzero()[0].item()
+            first = bad.any(0).int().argmax().item()
             step = self.done - values.shape[1] + first
-            # A bad norm is the same on all processes.
-            ranks = bad[:, first, 0].nonzero().flatten().tolist() or range(len(values))
-            loss, norm = values[ranks[0], first].tolist()
-            keys = [key for rank in ranks for key in self.batches.keys(step, rank)]
-            names = [self.videos.name(index) for _, index in keys[:10]]
+            # The first process with a bad loss; a bad norm is the same on all.
+            rank = values[:, first, 0].isfinite().int().argmin().item()
+            loss, norm = values[rank, first].tolist()
+            names = [self.videos.name(index) for _, index in self.batches.keys(step, rank)[:10]]
             raise FloatingPointError(
                 f"step {step}: loss {loss}, gradient norm {norm}. Lower --lr, or try --precision "
                 f"fp32. Checkpoints in {self.out} are from earlier steps. The step's "

@@ -116,27 +116,29 @@ def test_an_iou_of_a_half_is_right_and_one_just_below_is_wrong(score, tmp_path):
 
 
 GOOD = ("a", "0902", 0.1, 0.1, 0.5, 0.5, 12, 0)
-WRONG = [  # kind, row, what is said of it
-    ("truth", GOOD[:5], r"not enough values"),
-    ("detections", GOOD[:7], r"not enough values"),
-    ("proposals", ("a", "0902", 0.1, 0.5, 0.5, 0.5, 12, 0.9), r"not a box; expected x1 < x2"),
-    ("truth", ("a", "0902", 0.1, 0.1, 0.1000001, 0.5, 12, 0), r"not a box; expected x1 < x2"),
-    ("proposals", ("a", "0902", 30, 20, 110, 90, 12, 0), r"not a box; .*shares of the frame"),
-    ("proposals", ("a", "0902", "nan", 0.1, 0.5, 0.5, 12, 0), r"not a box"),
-    ("proposals", (*GOOD[:6], 81, 0), r"action 81 is outside 1\.\.80"),
-    ("truth", (*GOOD[:6], "", 0), r"action 0 is outside 1\.\.80"),
-    ("detections", (*GOOD[:6], "", 0), r"action 0 is outside 1\.\.80"),
-    ("proposals", ("a", "902 s", *GOOD[2:]), r"could not convert"),
-    ("truth", ("a", "inf", *GOOD[2:]), r"inf is not a number"),
-    ("proposals", (*GOOD[:7], "nan"), r"nan is not a number"),
+WRONG = [  # whether they are proposals, row, what is said of it
+    (False, GOOD[:5], r"not enough values"),
+    (False, GOOD[:7], r"not enough values"),
+    (True, GOOD[:5], r"not enough values"),
+    (True, ("a", "0902", 0.1, 0.5, 0.5, 0.5, 12, 0.9), r"not a box; expected x1 < x2"),
+    (False, ("a", "0902", 0.1, 0.1, 0.1000001, 0.5, 12, 0), r"not a box; expected x1 < x2"),
+    (True, ("a", "0902", 30, 20, 110, 90, 12, 0), r"not a box; .*shares of the frame"),
+    (True, ("a", "0902", "nan", 0.1, 0.5, 0.5, 12, 0), r"not a box"),
+    (True, (*GOOD[:6], 81, 0), r"action 81 is outside 1\.\.80"),
+    (True, (*GOOD[:6], -2, 0), r"action -2 is outside 1\.\.80"),
+    (False, (*GOOD[:6], -1, 0), r"action -1 is outside 1\.\.80"),
+    (False, (*GOOD[:6], "", 0), r"action -1 is outside 1\.\.80"),
+    (True, ("a", "902 s", *GOOD[2:]), r"could not convert"),
+    (False, ("a", "inf", *GOOD[2:]), r"inf is not a number"),
+    (True, (*GOOD[:7], "nan"), r"nan is not a number"),
 ]
 
 
-@pytest.mark.parametrize("kind, row, error", WRONG)
-def test_rows_that_are_wrong_are_named(kind, row, error, tmp_path):
+@pytest.mark.parametrize("proposals, row, error", WRONG)
+def test_rows_that_are_wrong_are_named(proposals, row, error, tmp_path):
     path = write_csv(tmp_path / "boxes.csv", GOOD, row)
     with pytest.raises(InputError, match=rf"boxes.csv, line 2: .*{error}.*; expected video,second"):
-        finetune_ava.read_boxes(path, kind)
+        finetune_ava.read_boxes(path, proposals)
 
 
 def test_names_and_seconds_may_have_blanks_around_them(tmp_path):

@@ -73,7 +73,7 @@ def clips_of(stage, flags, folder):
     args = SimpleNamespace(**flags)
     if stage is finetune_ava:
         files = folder / "ava" / "annotations"
-        boxes = finetune_ava.read_boxes(files / "ava_train_v2.2.csv", "truth")
+        boxes = finetune_ava.read_boxes(files / "ava_train_v2.2.csv")
         detected = finetune_ava.read_boxes(files / "ava_detection_train_boxes_and_labels.csv")
         for key, rows in detected.items():
             boxes[key] = np.concatenate([boxes[key], rows[rows[:, 5] >= 0.8]])
