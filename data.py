@@ -897,7 +897,7 @@ def run_test(dataset, device, function):
     values = {}
     failures = {}
     samples = load_samples(dataset, mine)
-    for i, sample in enumerate(progress(samples, len(mine))):
+    for i, sample in enumerate(progress(samples, total=len(mine))):
         if i % 20 == 0:
             gather(None)  # else a slow process may lag until the others time out
         if "failure" in sample:
@@ -1002,7 +1002,8 @@ def write_scene(task):
 def write_scenes(tasks):
     """write_scene for each task, with all cores."""
     with Pool(cores()) as pool:
-        return list(progress(pool.imap(write_scene, tasks, 8), len(tasks), "making videos"))
+        scenes = pool.imap(write_scene, tasks, 8)
+        return list(progress(scenes, total=len(tasks), desc="making videos"))
 
 
 def make_demo(args):

@@ -437,7 +437,7 @@ def train(args):
     # ---------------------------------------------------------------- data
     keyframes, held_out = (on_rank0(read_keyframes, args, split) for split in ("train", "val"))
     truth, classes, _ = on_rank0(read_ground_truth, args)  # classes: {number: name}
-    plan = make_plan(args, len(keyframes), repeat_aug=1, unit="keyframes")
+    plan = make_plan(args, len(keyframes), repeat_aug=1)
 
     # --------------------------------------------------------------- model
     torch.manual_seed(args.seed)

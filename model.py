@@ -21,6 +21,7 @@ import ctypes
 import dataclasses
 import errno
 import fcntl
+import functools
 import itertools
 import json
 import math
@@ -31,7 +32,7 @@ import signal
 import sys
 import time
 import zipfile
-from datetime import timedelta
+from collections import OrderedDict
 from pathlib import Path
 
 # Before torch is loaded: threads that spin while they wait would keep the loaders from the cores.
@@ -78,9 +79,9 @@ def patchify(video, patch_size, t_patch_size):
 
 def unpatchify(tubelets, grid, patch_size):
     """The inverse of patchify: (B, t*h*w, u*p*p*3) -> (B, 3, t*u, h*p, w*p)."""
-    (t, h, w), p = grid, patch_size
-    x = tubelets.reshape(len(tubelets), t, h, w, -1, p, p, 3).permute(0, 7, 1, 4, 2, 5, 3, 6)
-    return x.reshape(len(tubelets), 3, -1, h * p, w * p)
+    p = patch_size
+    x = tubelets.unflatten(2, (-1, p, p, 3)).unflatten(1, grid)  # (B, t, h, w, u, p, p, 3)
+    return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6).flatten(4, 5).flatten(2, 3)
 
 
 def normalize(pixels):
@@ -173,6 +174,9 @@ def random_masking(noise, grid, mask_ratio):
 # --------------------------------------------------------------------------------------- encoder
 
 
+LayerNorm = functools.partial(nn.LayerNorm, eps=1e-6)
+
+
 class TubeletEmbed(nn.Module):
     """Patch embedding of tubelets that are already cut out: (B, V, u*p*p*3) -> (B, V, D).
 
@@ -182,11 +186,10 @@ class TubeletEmbed(nn.Module):
 
     def __init__(self, patch_size, t_patch_size, embed_dim):
         super().__init__()
-        size = (t_patch_size, patch_size, patch_size)
-        self.proj = nn.Conv3d(3, embed_dim, kernel_size=size, stride=size)
+        self.proj = nn.Conv3d(3, embed_dim, (t_patch_size, patch_size, patch_size))
 
     def forward(self, tubelets):
-        weight = self.proj.weight.permute(0, 2, 3, 4, 1)  # (D, 3, u, p, p) -> (D, u, p, p, 3)
+        weight = self.proj.weight.movedim(1, -1)  # (D, 3, u, p, p) -> (D, u, p, p, 3)
         return F.linear(tubelets, weight.flatten(1), self.proj.bias)
 
 
@@ -198,27 +201,14 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.q, self.k, self.v, self.proj = (nn.Linear(dim, dim) for _ in range(4))
 
-    def forward(self, x, grid=None):
-        q, k, v = self.project(x)
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).flatten(2))
-
-    def project(self, x):
-        """Queries, keys and values, each (B, heads, N, D / heads)."""
+    def forward(self, x, grid):
         layers = self.q, self.k, self.v
-        return [f(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for f in layers]
+        q, k, v = (f(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for f in layers)
+        return self.proj(self.attend(q, k, v, grid).transpose(1, 2).flatten(2))
 
-
-class Mlp(nn.Module):
-    """Two linear layers with a hidden width of 4 * dim."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, 4 * dim)
-        self.fc2 = nn.Linear(4 * dim, dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
+    def attend(self, q, k, v, grid):
+        """Queries, keys and values -> their result, each (B, heads, N, D / heads)."""
+        return F.scaled_dot_product_attention(q, k, v)
 
 
 class DropPath(nn.Module):
@@ -239,27 +229,29 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block; drop_path=None: no stochastic depth."""
+    """A pre-norm transformer block. DropPath, if there is any, takes the place of drop_path."""
 
-    def __init__(self, dim, num_heads, drop_path=None):
+    def __init__(self, dim, num_heads):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = LayerNorm(dim)
+        self.norm2 = LayerNorm(dim)
         self.attn = Attention(dim, num_heads)
-        self.mlp = Mlp(dim)
-        self.drop_path = nn.Identity() if drop_path is None else DropPath(drop_path)
+        fc1, fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.mlp = nn.Sequential(OrderedDict(fc1=fc1, act=nn.GELU(), fc2=fc2))
+        self.drop_path = nn.Identity()
 
     def forward(self, x, grid):
         x = x + self.drop_path(self.attn(self.norm1(x), grid))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-def resize_space(table, size, new_size):
-    """Resize positions in space, bicubic: (1, h*w, D) of size (h, w) -> (1, h'*w', D)."""
-    if tuple(size) == tuple(new_size):
+def resize_space(table, size):
+    """Resize positions of a square to size (h, w), bicubic: (1, side*side, D) -> (1, h*w, D)."""
+    side = math.isqrt(table.shape[1])
+    if size == (side, side):
         return table
-    image = table.float().unflatten(1, size).permute(0, 3, 1, 2)
-    return F.interpolate(image, size=tuple(new_size), mode="bicubic").flatten(2).mT
+    image = table.float().mT.unflatten(2, (side, side))  # (1, D, side, side)
+    return F.interpolate(image, size, mode="bicubic").flatten(2).mT
 
 
 def resize_time(table, length):
@@ -269,16 +261,11 @@ def resize_time(table, length):
     return F.interpolate(table.float().mT, size=length, mode="linear").mT
 
 
-def position_table(cls, space, time, own_grid, grid):
-    """The positions of the class token and, behind it, of the grid: (1, 1 + N, D).
-
-    Separable: time plus space. Both are of size own_grid, and resized to the clip's grid.
-    """
-    space = resize_space(space, own_grid[1:], grid[1:])
+def position_table(space, time, grid):
+    """The positions of a grid, (N, D): separable, time plus space, both resized to it."""
+    space = resize_space(space, grid[1:])
     time = resize_time(time, grid[0])
-    places = (time[0, :, None] + space[0]).flatten(0, 1)  # (N, D)
-    # cls[0], not cls: its gradient then has the strides DDP expects.
-    return torch.cat([cls[0], places])[None]
+    return (time[0, :, None] + space[0]).flatten(0, 1)
 
 
 def learned(n, dim):
@@ -322,21 +309,22 @@ class VideoViT(nn.Module):
         self.pos_embed_spatial = learned(h * w, embed_dim)
         self.pos_embed_temporal = learned(t, embed_dim)
         self.pos_embed_class = learned(1, embed_dim)
-        # None, not 0, without drop path: then it draws no random numbers.
-        rates = [drop_path * i / max(1, depth - 1) if drop_path else None for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, rate) for rate in rates)
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads) for _ in range(depth))
+        for i, block in enumerate(self.blocks if drop_path else ()):
+            block.drop_path = DropPath(drop_path * i / max(1, depth - 1))
+        self.norm = LayerNorm(embed_dim)
 
     def add_head(self, num_classes, dropout):
-        """Dropout and a linear layer on the features, for fine-tuning."""
+        """Dropout and a linear layer on the features, for fine-tuning; then initialise all."""
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(self.embed_dim, num_classes)
+        self.init_weights()
 
     def init_weights(self):
         """Positions, tokens, head: trunc_normal(0.02); other layers: Xavier-uniform, biases 0."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv3d)):
-                nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
+                nn.init.xavier_uniform_(module.weight.flatten(1))
                 nn.init.zeros_(module.bias)
         for name, parameter in self.named_parameters():
             if re.search("pos_embed|token|^head.weight", name):
@@ -348,19 +336,19 @@ class VideoViT(nn.Module):
         grid = T // self.t_patch_size, H // self.patch_size, W // self.patch_size
         return patchify(video, self.patch_size, self.t_patch_size), grid
 
-    def forward_encoder(self, tubelets, grid, ids=None):
-        """Encode the given tubelets and no others: (B, V, u*p*p*3) -> (B, 1 + V, D).
+    def forward_encoder(self, tubelets, grid, visible=None):
+        """Encode the visible tubelets and no others: (B, N, u*p*p*3) -> (B, 1 + V, D).
 
-        The class token comes first. ids (B, V): their positions in the grid, by time, row, column;
-        None: all N in order. The final norm is left to the caller: MAE applies it to each token, a
-        classifier to their average.
+        The class token comes first. visible (B, V): their ids; None: all N. The final norm is left
+        to the caller: MAE applies it to each token, a classifier to their average.
         """
-        positions = position_table(
-            self.pos_embed_class, self.pos_embed_spatial, self.pos_embed_temporal, self.grid, grid
-        )  # (1, 1 + N, D)
-        places = positions[:, 1:] if ids is None else F.embedding(ids, positions[0, 1:])
-        x = self.patch_embed(normalize(tubelets)) + places  # (B, V, D)
-        cls_token = (self.cls_token + positions[:, :1]).repeat(len(x), 1, 1)
+        positions = position_table(self.pos_embed_spatial, self.pos_embed_temporal, grid)  # (N, D)
+        if visible is not None:
+            tubelets = pick_rows(tubelets, visible)  # (B, V, u*p*p*3)
+            positions = F.embedding(visible, positions)  # (B, V, D)
+        x = self.patch_embed(normalize(tubelets)) + positions  # (B, V, D)
+        # [0]: its gradient then has the strides DDP expects.
+        cls_token = (self.cls_token + self.pos_embed_class)[0].repeat(len(x), 1, 1)
         return self.forward_blocks(self.blocks, torch.cat([cls_token, x], 1), grid)
 
     def forward_blocks(self, blocks, x, grid):
@@ -374,8 +362,9 @@ class VideoViT(nn.Module):
 
     def freeze_encoder(self):
         """Train only the norm and the head: a linear probe."""
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name.startswith(("norm.", "head.")))
+        self.requires_grad_(False)
+        self.norm.requires_grad_()
+        self.head.requires_grad_()
         for block in self.blocks:
             block.drop_path = nn.Identity()  # it regularises training; these are not trained
 
@@ -436,17 +425,17 @@ class MAE(VideoViT):
             raise InputError(f"decoder width {dim} is not divisible by {decoder_num_heads} heads")
         self.norm_pix_loss = norm_pix_loss
         self.mask_type = mask_type
-        self.pred_frames = (pred_t_dim or t) // t  # frames predicted of each tubelet
         self.decoder_embed = nn.Linear(self.embed_dim, dim)
         self.mask_token = learned(1, dim)
         self.decoder_cls_token = learned(1, dim)
         self.decoder_pos_embed_spatial = learned(h * w, dim)
         self.decoder_pos_embed_temporal = learned(t, dim)
         self.decoder_pos_embed_class = learned(1, dim)
-        blocks = [Block(dim, decoder_num_heads) for _ in range(decoder_depth)]
+        blocks = (Block(dim, decoder_num_heads) for _ in range(decoder_depth))
         self.decoder_blocks = nn.ModuleList(blocks)
-        self.decoder_norm = nn.LayerNorm(dim, eps=1e-6)
-        self.decoder_pred = nn.Linear(dim, self.pred_frames * self.patch_size**2 * 3)
+        self.decoder_norm = LayerNorm(dim)
+        pred_frames = (pred_t_dim or t) // t  # frames predicted of each tubelet
+        self.decoder_pred = nn.Linear(dim, pred_frames * self.patch_size**2 * 3)
         self.init_weights()
 
     def forward_decoder(self, latent, visible, grid):
@@ -458,13 +447,9 @@ class MAE(VideoViT):
         tokens = self.mask_token.to(x.dtype).repeat(len(x), math.prod(grid), 1)  # (B, N, C)
         x = tokens.scatter(1, visible[..., None].expand_as(x), x)  # the visible in their places
         cls_token = self.decoder_cls_token[0].to(x.dtype).repeat(len(x), 1, 1)
-        x = torch.cat([cls_token, x], 1) + position_table(
-            self.decoder_pos_embed_class,
-            self.decoder_pos_embed_spatial,
-            self.decoder_pos_embed_temporal,
-            self.grid,
-            grid,
-        )  # (B, 1 + N, C)
+        space, time = self.decoder_pos_embed_spatial, self.decoder_pos_embed_temporal
+        positions = [self.decoder_pos_embed_class[0], position_table(space, time, grid)]
+        x = torch.cat([cls_token, x], 1) + torch.cat(positions)  # (B, 1 + N, C)
         x = self.forward_blocks(self.decoder_blocks, x, grid)
         return self.decoder_pred(self.decoder_norm(x[:, 1:]))
 
@@ -493,7 +478,7 @@ class MAE(VideoViT):
             with video.device:
                 noise = torch.stack([MASK_TYPES[self.mask_type](grid, mask_ratio) for _ in video])
         visible, hidden = random_masking(noise, grid, mask_ratio)  # (B, V), (B, N - V)
-        latent = self.norm(self.forward_encoder(pick_rows(tubelets, visible), grid, visible))
+        latent = self.norm(self.forward_encoder(tubelets, grid, visible))  # (B, 1 + V, D)
         pred = self.forward_decoder(latent, visible, grid)  # (B, N, pred_frames*p*p*3)
         loss = self.forward_loss(tubelets, pred, hidden)
         mask = torch.ones(tubelets.shape[:2], device=video.device).scatter(1, visible, 0)
@@ -509,7 +494,6 @@ class Classifier(VideoViT):
     def __init__(self, num_classes=400, dropout=0.0, **encoder):
         super().__init__(**encoder)
         self.add_head(num_classes, dropout)
-        self.init_weights()
 
     def forward(self, video, mask_ratio=0.0, noise=None):
         """video (B, 3, T, H, W), uint8 or normalised floats -> logits (B, num_classes).
@@ -521,7 +505,6 @@ class Classifier(VideoViT):
         if mask_ratio:
             noise = torch.rand(tubelets.shape[:2], device=video.device) if noise is None else noise
             visible, _ = random_masking(noise, grid, mask_ratio)  # (B, V)
-            tubelets = pick_rows(tubelets, visible)  # (B, V, u*p*p*3)
         x = self.forward_encoder(tubelets, grid, visible)  # (B, 1 + V, D)
         return self.head(self.dropout(self.norm(x[:, 1:].mean(1))))
 
@@ -542,15 +525,14 @@ class RelPosAttention(Attention):
             nn.Parameter(torch.zeros(2 * n - 1, dim // num_heads)) for n in grid
         )
 
-    def forward(self, x, grid):
+    def attend(self, q, k, v, grid):
         """softmax(q . k / sqrt(C) + q . R_t + q . R_h + q . R_w) v, with C = D / heads.
 
         One dot product gives that sum: to q are appended its products with R at each time, row and
         column; to k, ones at its own. No N x N bias is stored, and flash kernels work.
         """
-        q, k, v = self.project(x)  # (B, heads, 1 + N, C)
-        C = q.shape[-1]
-        axes = [torch.arange(n, device=x.device) for n in grid]
+        C = q.shape[-1]  # q: (B, heads, 1 + N, C)
+        axes = [torch.arange(n, device=q.device) for n in grid]
         products = []
         ones = []
         tables = self.rel_pos_t, self.rel_pos_h, self.rel_pos_w
@@ -568,8 +550,7 @@ class RelPosAttention(Attention):
         q = torch.cat([q * C**-0.5, F.pad(products, (0, fill, 1, 0))], -1)
         k = torch.cat([k, ones], -1)
         v = F.pad(v, (0, sum(grid) + fill))
-        x = F.scaled_dot_product_attention(q, k, v, scale=1.0)
-        return self.proj(x[..., :C].transpose(1, 2).flatten(2))
+        return F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :C]
 
 
 class Detector(VideoViT):
@@ -585,7 +566,6 @@ class Detector(VideoViT):
         for block in self.blocks if rel_pos else ():
             block.attn = RelPosAttention(self.embed_dim, block.attn.num_heads, self.grid)
         self.add_head(num_classes, dropout)
-        self.init_weights()
 
     def forward(self, video, boxes):
         """video (B, 3, T, H, W), uint8 or normalised floats, and boxes -> logits (K, num_classes).
@@ -595,9 +575,8 @@ class Detector(VideoViT):
         """
         tubelets, grid = self.patchify(video)
         x = self.norm(self.forward_encoder(tubelets, grid)[:, 1:])  # (B, N, D)
-        features = x.unflatten(1, grid).mean(1).permute(0, 3, 1, 2)  # (B, D, h, w)
-        scale = 1 / self.patch_size
-        regions = roi_align(features, boxes, output_size=7, spatial_scale=scale, aligned=True)
+        features = x.mT.unflatten(2, grid).mean(2)  # (B, D, h, w), averaged over time
+        regions = roi_align(features, boxes, 7, 1 / self.patch_size, aligned=True)
         return self.head(self.dropout(regions.amax((2, 3))))  # (K, D, 7, 7) -> (K, D)
 
 
@@ -614,7 +593,9 @@ def read_checkpoint(path, check=True):
     check: verify the file's checksums first, which reads all of it. Raises DamagedError if it is
     damaged or no checkpoint, InputError if it cannot be read, which may pass.
     """
-    path = Path(path) / CHECKPOINTS[0] if Path(path).is_dir() else Path(path)
+    path = Path(path)
+    if path.is_dir():
+        path /= CHECKPOINTS[0]
     if path.suffix == ".safetensors":
         raise InputError(
             f"{path}: pip install safetensors, then convert it: "
@@ -624,10 +605,7 @@ def read_checkpoint(path, check=True):
         zipped = zipfile.is_zipfile(path)
         if check and zipped and (damaged := zipfile.ZipFile(path).testzip()):
             raise ValueError(f"its {damaged} is damaged")
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-        return content if isinstance(content, dict) else {}
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such checkpoint") from None
+        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=zipped))
     except Exception as error:  # damage may hit anything: zip, pickle, key, end of file
         reason = str(error).split("\n")[0]
         # PyTorch reports errors of the system as RuntimeErrors.
@@ -649,20 +627,18 @@ def to_official_names(state, model):
     """
     out = {}
     own = model.state_dict()
-    of_images = any(k.endswith("proj.weight") and v.ndim == 4 for k, v in state.items())
+    of_images = any(value.ndim == 4 for value in state.values())
     for key, value in state.items():
-        key = key.replace("_orig_mod.", "").removeprefix("module.")
-        key = re.sub("^fc_norm", "norm", key)
-        key = key.replace("head.projection.", "head.")
+        key = re.sub(r"_orig_mod\.|module\.|projection\.", "", key).replace("fc_norm", "norm")
         if ".qkv." in key:
             out |= {key.replace("qkv", name): part for name, part in zip("qkv", value.chunk(3))}
-        elif key == "patch_embed.proj.weight" and value.ndim == 4:
+        elif value.ndim == 4:  # a 2D patch kernel
             steps = model.t_patch_size
             out[key] = value[:, :, None].repeat(1, 1, steps, 1, 1) / steps
         elif key in ("pos_embed", "decoder_pos_embed"):
-            N = value.shape[1] - 1
             # Its time steps: 1 of images, the model's own if the size agrees; else 8, of 16 frames.
-            t = 1 if of_images else model.grid[0] if math.prod(model.grid) == N else 8
+            fits = value.shape[1] == 1 + math.prod(model.grid)
+            t = 1 if of_images else model.grid[0] if fits else 8
             table = value[:, 1:].unflatten(1, (t, -1))  # (1, t, h*w, D)
             out[key + "_class"], out[key + "_spatial"] = value[:, :1], table.mean(1)
             out[key + "_temporal"] = table.mean(2) - table.mean((1, 2))[:, None]
@@ -671,8 +647,7 @@ def to_official_names(state, model):
     for key in own.keys() & out.keys():
         value = out[key]
         if key.endswith("pos_embed_spatial"):
-            side = math.isqrt(value.shape[1])
-            out[key] = resize_space(value, (side, side), model.grid[1:])
+            out[key] = resize_space(value, model.grid[1:])
         elif key.endswith("pos_embed_temporal"):
             out[key] = resize_time(value, model.grid[0])
         elif ".rel_pos_" in key:
@@ -698,38 +673,28 @@ def load_pretrained(model, path):
     state = read_checkpoint(path)
     for key in ("model", "model_state", "state_dict"):
         state = state[key] if isinstance(state.get(key), dict) else state
-    state = {key: value for key, value in state.items() if torch.is_tensor(value)}
-    if not state or not all(isinstance(key, str) for key in state):
-        raise InputError(f"{path}: holds no named weights; expected a state dict, maybe as 'model'")
+    state = {k: v for k, v in state.items() if isinstance(k, str) and torch.is_tensor(v)}
     own = model.state_dict()
     try:
         state = to_official_names(state, model)
     except (RuntimeError, IndexError) as error:
         raise InputError(f"{path}: does not fit this model: {error}") from None
     loaded = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
-    new = [key for key in own if key not in loaded]
-    optional = re.compile(r"head|decoder|mask_token|blocks\.\d+\.attn\.rel_pos").match
+    check_weights(path, loaded)
+    new = model.load_state_dict(loaded, strict=False).missing_keys
     for key in new:
-        if not optional(key):
+        if not re.search("head|decoder|mask_token|rel_pos", key):
             found = list(state[key].shape) if key in state else "missing"
             raise InputError(
                 f"{path}: does not fit this model: {key} is {found}, not {list(own[key].shape)}; "
                 "is --model the size of the checkpoint?"
             )
-    check_weights(path, loaded)
-    model.load_state_dict(loaded, strict=False)
     text = f"{path}: {len(loaded)} tensors loaded"
     for name, keys in {"left out": state.keys() - loaded.keys(), "not in it": new}.items():
         if keys:
             text += f"; {name}: {', '.join(sorted({key.split('.')[0] for key in keys}))}"
     print_rank0(text)
     return new
-
-
-def start_from(model, path):
-    """Load weights to train from. A new head starts near 0, as in mae_st's fine-tuning."""
-    if "head.weight" in load_pretrained(model, path):
-        nn.init.trunc_normal_(model.head.weight, std=2e-5)
 
 
 def parameter_groups(model, weight_decay, layer_decay=1.0, decay_positions=False):
@@ -776,7 +741,6 @@ def cosine_decay(epoch, lr, warmup_epochs, epochs):
 
 # ------------------------------------------------------------------------------ training helpers
 
-TIMEOUT = timedelta(minutes=10)  # how long a process waits for the others
 STOPPED = 128 + signal.SIGTERM  # exit status of a run that was asked to stop
 CHECKPOINTS = "checkpoint.pt", "checkpoint_previous.pt"  # a run keeps two: one may be damaged
 RUN_FLAGS = {  # where and how fast to run: free to change on resume, not taken from a checkpoint
@@ -928,16 +892,16 @@ def parse_with_recipe(parser, stage, dataset, recipe_of, argv=None):
     """
     given, _ = parser.parse_known_args(argv)
     modes = [mode for mode in ("eval", "predict", "visualize") if vars(given).get(mode)]
-    defaults = {}
-    if modes and given.init:
-        saved = read_checkpoint(given.init, check=False)
-        if "stage" in (saved.get("args") or ()):  # it is of this project
-            defaults = {n: v for n, v in saved["args"].items() if n not in RUN_FLAGS | {"init"}}
-        if defaults.get("stage", stage) != stage:
-            raise InputError(f"{given.init}: a checkpoint of {defaults['stage']}, not of {stage}")
-        if defaults and (given.dataset or given.data):  # not the data it was trained on
+    if modes and not given.init:
+        raise InputError(f"--{modes[0]} needs --init CHECKPOINT, from {stage}")
+    saved = modes and read_checkpoint(given.init, check=False).get("args")
+    if saved and "stage" in saved:  # it is of this project
+        if saved["stage"] != stage:
+            raise InputError(f"{given.init}: a checkpoint of {saved['stage']}, not of {stage}")
+        defaults = {name: value for name, value in saved.items() if name not in RUN_FLAGS}
+        if given.dataset or given.data:  # not the data it was trained on
             defaults |= dict(data=None, videos=None)
-    if not defaults:
+    else:
         named_by = Path(given.data).resolve().stem if given.data else dataset
         given.dataset = given.dataset or named_by
         given.model = given.model or ("vit_demo" if given.dataset == "demo" else "vit_l")
@@ -950,8 +914,6 @@ def parse_with_recipe(parser, stage, dataset, recipe_of, argv=None):
     parser.set_defaults(**defaults)
     parser.add_argument("-h", "--help", action="help", help="show this, with the recipe's values")
     args = parser.parse_args(argv)
-    if modes and not args.init:
-        raise InputError(f"--{modes[0]} needs --init CHECKPOINT, from {stage}")
     if args.lr is None and not modes:
         raise InputError(f"no learning rate for {args.model} in the recipe; give one with --lr")
     args.stage = stage
@@ -984,7 +946,7 @@ def choose_device(args):
         raise InputError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
     has_bf16 = args.device == "cpu" and torch.cpu._is_avx512_bf16_supported()
     if args.device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(dist.get_node_local_rank(0))
         torch.set_float32_matmul_precision("high")  # TF32 outside autocast
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     args.precision = args.precision or ("bf16" if has_bf16 else "fp32")
@@ -1001,19 +963,17 @@ def cores():
 def keep_freed_memory():
     """Have glibc reuse freed memory: the kernel would zero it for each new tensor."""
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        M_TRIM_THRESHOLD = -1
-        M_MMAP_THRESHOLD = -3
-        MiB = 2**20
-        if any(libc.mallopt(M_MMAP_THRESHOLD, size * MiB) for size in (1024, 32)):  # old glibc: 32
-            libc.mallopt(M_TRIM_THRESHOLD, 1024 * MiB)
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+        libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # bytes: the most that any glibc allows
+        libc.mallopt(M_TRIM_THRESHOLD, 2**30)
 
 
 def start_process(args):
     """Join the processes that torchrun started, or run alone; returns the device."""
     device = torch.device(args.device)
     keep_freed_memory()
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
 
 
@@ -1035,15 +995,14 @@ def autocast(args, device):
 def print_rank0(text):
     """Print on process 0 alone."""
     if rank() == 0:
-        print(text, flush=True)
+        print(text)
 
 
 def gather(value):
     """All processes' values, as a list on each of them; they wait for one another here."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * world_size()
-    dist.all_gather_object(values, value)
+    values = [value] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
     return values
 
 
@@ -1084,7 +1043,7 @@ class Plan:
         return step * self.clips / self.videos
 
 
-def make_plan(args, num_videos, repeat_aug, unit="videos"):
+def make_plan(args, num_videos, repeat_aug):
     """Split --batch_size among processes and micro-batches, and count the steps: a Plan.
 
     --micro_batch is lowered to a divisor. Raises InputError with sizes that fit.
@@ -1098,13 +1057,13 @@ def make_plan(args, num_videos, repeat_aug, unit="videos"):
             f"--batch_size {args.batch_size} must be {shared}at most the {num_videos} in the list; "
             f"{fits} would do"
         )
-    most = min(share, args.micro_batch or share)
-    micro_batch = max(n for n in range(1, most + 1) if share % n == 0)
+    micro_batch = args.micro_batch or share
+    while share % micro_batch:
+        micro_batch -= 1
     clips = args.batch_size * repeat_aug
     steps = round(args.epochs * num_videos / clips)
     if steps < 1:
-        given = f"--epochs {args.epochs:g} of {count(num_videos, unit)}"
-        raise InputError(f"{given} are less than one step")
+        raise InputError(f"--epochs {args.epochs:g} of {num_videos} are less than one step")
     return Plan(num_videos, steps, clips, micro_batch, share // micro_batch)
 
 
@@ -1159,17 +1118,17 @@ def writing(path):
     Raises InputError with the file's name if that fails; then nothing is left of it.
     """
     path = Path(path)
-    beside = path.with_name(f"{path.name}.tmp")
+    beside = Path(f"{path}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        os.makedirs(path.parent, exist_ok=True)
         yield beside
         beside.replace(path)
     except (OSError, RuntimeError) as error:
         while error.__context__:  # torch.save hides the first error behind its own
             error = error.__context__
-        if not isinstance(error, Exception) or "DataLoader worker" in str(error):
-            raise error from None  # Ctrl-C, or a worker's death, which PyTorch reports anywhere
-        raise InputError(f"{path}: cannot be written: {error}") from None
+        if isinstance(error, OSError):
+            raise InputError(f"{path}: cannot be written: {error}") from None
+        raise error from None  # Ctrl-C, or a worker's death, which PyTorch reports anywhere
     finally:
         beside.unlink(missing_ok=True)
 
@@ -1222,16 +1181,16 @@ def resume(args, may_differ, model, optimizer, videos):
     goes_on = args.resume or was_restarted()
     path = on_rank0(find_checkpoint, args.output_dir) if goes_on else None
     if path is None:
-        if args.init:
-            start_from(model, args.init)
+        if args.init and "head.weight" in load_pretrained(model, args.init):
+            nn.init.trunc_normal_(model.head.weight, std=2e-5)  # a new one; as in mae_st
         return 0, None
     run = read_checkpoint(path, check=False)
     then = run.get("args", {})
     now = vars(args)
     differ = [
-        f"--{name} was {then.get(name)}, is {now.get(name)}"
-        for name in sorted((then.keys() | now.keys()) - may_differ)
-        if then.get(name) != now.get(name)
+        f"--{name} was {then.get(name)}, is {now[name]}"
+        for name in sorted(now.keys() - may_differ)
+        if then.get(name) != now[name]
     ]
     if then.get("stage") != args.stage:
         differ = [f"it is of {then.get('stage')}, not of {args.stage}"]
@@ -1257,12 +1216,13 @@ def load_for_use(model, args):
     return model
 
 
-def progress(items=None, total=None, text=None, done=0):
-    """A progress bar; redrawn only every 30 s if stderr is a file, to keep that short."""
+def progress(*args, **settings):
+    """tqdm's progress bar; redrawn only every 30 s if stderr is a file, to keep that short."""
     seconds = 0.2 if sys.stderr.isatty() else 30
-    return tqdm(items, text, total, initial=done, ncols=79, mininterval=seconds, disable=rank() > 0)
+    return tqdm(*args, ncols=79, mininterval=seconds, disable=rank() > 0, **settings)
 
 
+@dataclasses.dataclass
 class Run:
     """The log, the checkpoints and the end of a run; use it in a with statement.
 
@@ -1271,23 +1231,24 @@ class Run:
     after the very step in which it was asked, since schedulers do not wait long.
     """
 
-    def __init__(self, args, plan, videos, batches, start, checkpoint=None, flops=None):
-        """start, checkpoint: as resume returns them. flops: to train on a clip, or None."""
-        self.args = args
-        self.plan = plan
-        self.videos = videos
-        self.batches = batches
-        self.flops = flops
-        self.done = start  # steps
-        self.latest = checkpoint  # the latest file that is intact
-        self.out = Path(args.output_dir)
+    args: argparse.Namespace
+    plan: Plan
+    videos: object  # a VideoList, or Keyframes
+    batches: object  # Batches
+    done: int  # steps
+    latest: object  # path of the latest checkpoint that is intact, or None
+    flops: object  # to train on a clip, or None
+
+    asked = ""  # the signal that this process got
+    stopping = ""  # the signal that any process got, known to all of them
+    save_now = False  # whether this process was asked, and has not saved since
+
+    def __post_init__(self):
+        self.out = Path(self.args.output_dir)
         self.pending = []  # losses and gradient norms since the last log point, on the device
         self.failed = set()  # names of unreadable videos
-        self.asked = None  # the signal that this process got
-        self.stopping = None  # the signal that any process got, known to all of them
-        self.save_now = False  # whether this process was asked, and has not saved since
         self.logged_at = self.saved_at = time.perf_counter()
-        starts = gather(start)
+        starts = gather(self.done)
         if len(set(starts)) > 1:
             raise InputError(f"{self.out}: start at steps {starts}; do all share this folder?")
         on_rank0(self.take_folder)
@@ -1295,7 +1256,7 @@ class Run:
     def take_folder(self):
         """Lock the folder for this process, and bring its files to where the run begins."""
         log = self.out / "log.jsonl"
-        self.out.mkdir(parents=True, exist_ok=True)
+        os.makedirs(self.out, exist_ok=True)
         self.lock = open(self.out / ".lock", "w")  # noqa: SIM115, held until the process ends
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1310,9 +1271,9 @@ class Run:
                 if path.suffix in (".pt", ".log", ".jsonl"):
                     path.replace(f"{path}.replaced")
         elif log.exists():  # a killed run wrote lines after its last save
-            lines = log.read_text(errors="replace").splitlines()
+            lines = re.findall(r'(?m)^({"step": (\d+), .*}\n)', log.read_text(errors="replace"))
             with writing(log) as beside:
-                beside.write_text("".join(f"{x}\n" for x in lines if step_of(x) <= self.done))
+                beside.write_text("".join(x for x, step in lines if int(step) <= self.done))
         if self.done == self.plan.steps:
             print(f"{self.out}: this run is finished: all {count(self.done, 'steps')} are done")
         write_json(self.out / "args.json", vars(self.args))
@@ -1321,7 +1282,7 @@ class Run:
     def __enter__(self):
         signals = signal.SIGTERM, signal.SIGINT
         self.handlers = {n: signal.signal(n, self.request_stop) for n in signals}
-        self.bar = progress(total=self.plan.steps, done=self.done)
+        self.bar = progress(total=self.plan.steps, initial=self.done)
         return self
 
     def __exit__(self, *_):
@@ -1348,7 +1309,7 @@ class Run:
 
     def record(self, loss, grad_norm):
         """Count a step. Its values stay on the device until the next log point."""
-        self.pending.append(torch.stack([loss.detach(), grad_norm.detach()]))
+        self.pending.append(torch.stack([loss, grad_norm]))
         self.done += 1
         self.bar.update()
 
@@ -1368,8 +1329,7 @@ class Run:
         reports = gather((pending, batches.waited, batches.failures, self.asked))
         values, waited, failures, asked = zip(*reports)
         values = torch.tensor(values, dtype=torch.float64)  # (processes, steps, loss and norm)
-        for index, reason in itertools.chain(*failures):
-            self.note_failure(index, reason)
+        self.note_failures(itertools.chain(*failures))
         self.check_finite(values)
         seconds = time.perf_counter() - self.logged_at
         speed = len(pending) * self.plan.clips / seconds  # clips/s
@@ -1385,7 +1345,7 @@ class Run:
             tflops=self.flops and self.flops * speed / 1e12,
         )
         self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} clips/s", refresh=False)
-        self.stopping = next(filter(None, asked), None)
+        self.stopping = max(asked)  # a name, if any has one
         self.pending = []
         batches.waited = 0.0
         batches.failures = []
@@ -1396,13 +1356,14 @@ class Run:
             append(self.out / "log.jsonl", json.dumps(line))
         self.logged_at = time.perf_counter()
 
-    def note_failure(self, index, reason):
-        """Log an unreadable video in failures.log; raise InputError if there are too many."""
-        name = self.videos.name(index)
-        if rank() == 0 and name not in self.failed:
-            tqdm.write(f"skipped {name}: {reason}")
-            append(self.out / "failures.log", f"{name}\t{reason}")
-        self.failed.add(name)
+    def note_failures(self, failures):
+        """Log unreadable videos in failures.log; raise InputError if there are too many."""
+        for index, reason in failures:
+            name = self.videos.name(index)
+            if rank() == 0 and name not in self.failed:
+                tqdm.write(f"skipped {name}: {reason}")
+                append(self.out / "failures.log", f"{name}\t{reason}")
+            self.failed.add(name)
         check_failures(self.args, len(self.failed), self.videos)
 
     def check_finite(self, values):
@@ -1410,12 +1371,11 @@ class Run:
 
         values: (processes, steps, 2) since the last log point.
         """
-        bad = ~values.isfinite().all(2)  # (processes, steps)
-        if bad.any():
-            first = bad.any(0).int().argmax().item()
+        # By step, then a bad loss before a bad norm, which is the same on all processes.
+        bad = (~values.isfinite()).permute(1, 2, 0).nonzero()  # (step, loss or norm, process)
+        if len(bad):
+            first, _, rank = bad[0].tolist()
             step = self.done - values.shape[1] + first
-            # The first process with a bad loss; a bad norm is the same on all.
-            rank = values[:, first, 0].isfinite().int().argmin().item()
             loss, norm = values[rank, first].tolist()
             names = [self.videos.name(index) for _, index in self.batches.keys(step, rank)[:10]]
             raise FloatingPointError(
@@ -1431,10 +1391,10 @@ class Run:
         # Between log points (log empties pending) only a stop is saved, and nobody has checked yet
         # that the loss is finite.
         if self.pending:
-            return self.save_now and bool(torch.stack(self.pending).isfinite().all())
+            return self.save_now and torch.stack(self.pending).isfinite().all()
         late = time.perf_counter() - self.saved_at > 60 * self.args.save_minutes
         ends = self.stopping or self.done == self.plan.steps
-        return bool(late or ends or self.every(self.args.keep_epochs))
+        return late or ends or self.every(self.args.keep_epochs)
 
     def save(self, model, optimizer, **more):
         """Write a checkpoint with all a resumed run needs; a kill at any time leaves one intact."""
@@ -1467,20 +1427,11 @@ class Run:
             failed = count(len(self.failed), self.videos.unit)
             print_rank0(f"{failed} could not be read: see failures.log")
         if self.stopping:
-            again = "the same command" + ("" if self.args.resume else " without --no-resume")
             print_rank0(
                 f"asked to stop ({self.stopping}): saved after step {self.done} of "
-                f"{self.plan.steps} in {self.out}; {again} resumes from there"
+                f"{self.plan.steps} in {self.out}; the same command without --no-resume goes on"
             )
-        return bool(self.stopping)
-
-
-def step_of(line):
-    """The step of a line of log.jsonl; infinity if it cannot be read."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+        return self.stopping
 
 
 def check_failures(args, number, videos):

@@ -109,7 +109,7 @@ def test_learning_rates_scale_with_batches_warm_up_shrinks_with_epochs_and_no_ra
     ("--batch_size 28", 1, (343, 56, 14, 2)),  # 342.9 steps
     ("--batch_size 25", 2, "--batch_size 25 must be a multiple of the 2 processes and at most the 240 in the list; 24 would do"),
     ("--batch_size 512", 1, "--batch_size 512 must be at most the 240 in the list; 240 would do"),
-    ("--batch_size 24 --epochs 0.04", 1, "--epochs 0.04 of 240 videos are less than one step"),
+    ("--batch_size 24 --epochs 0.04", 1, "--epochs 0.04 of 240 are less than one step"),
 ])  # fmt: skip
 def test_a_batch_is_split_as_processes_and_memory_need(line, world, expected, monkeypatch):
     monkeypatch.setattr(m, "world_size", lambda: world)

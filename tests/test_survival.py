@@ -116,7 +116,7 @@ def test_sigterm_or_ctrl_c_saves_and_leaves(number, videos, tmp_path, monkeypatc
     more = "--num_workers 1 --log_interval 100"
     assert run_stage("mae_pretrain", line_of("mae_pretrain", videos, tmp_path, more)) == "143"
     said = f"asked to stop ({number.name}): saved after step 4 of 11 in {tmp_path}; the same"
-    assert f"{said} command resumes from there" in capsys.readouterr().out
+    assert f"{said} command without --no-resume goes on" in capsys.readouterr().out
     assert m.read_checkpoint(tmp_path)["step"] == 4
 
 
