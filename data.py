@@ -16,6 +16,7 @@ processes change nothing, and a resumed run needs no generator states.
 import contextlib
 import csv
 import ctypes
+import dataclasses
 import functools
 import io
 import itertools
@@ -72,20 +73,17 @@ def stateless_seed(*numbers):
 # ----------------------------------------------------------------------------------------- lists
 
 
+@dataclasses.dataclass
 class VideoList:
-    """The videos of a data set: paths, and labels or None."""
+    """The videos of a data set."""
 
+    source: object  # the file or folder the list was made from
+    root: object  # the folder below which the paths are
+    paths: np.ndarray  # an array: 240,000 Python strings would be copied into every worker
+    labels: np.ndarray = None
+    class_names: list = None
+    num_classes: int = None
     unit = "videos"
-
-    def __init__(self, source, root, paths, labels=None, class_names=None, num_classes=None):
-        """source: the file or folder the list was made from. paths: absolute, or below root."""
-        self.source = str(source)
-        self.root = root
-        self.class_names = class_names
-        self.num_classes = num_classes
-        # Arrays: 240,000 Python strings would be copied into every worker.
-        self.paths = np.array(paths)
-        self.labels = None if labels is None else np.array(labels)
 
     def __len__(self):
         return len(self.paths)
@@ -107,7 +105,7 @@ def find_videos(args, split, classes=0):
     source = data if data.is_file() else find_list(data, split)
     if source:
         folder = source.parent
-        root = Path(args.videos or (folder.parent if folder.name in LIST_FOLDERS else folder))
+        root = args.videos or (folder.parent if folder.name in LIST_FOLDERS else folder)
         names = read_ssv2_classes(source)
         if names and args.dataset != "ssv2":  # its labels tell left from right: no flips
             raise InputError(f"{data}: this is Something-Something v2; add --dataset ssv2")
@@ -131,7 +129,7 @@ def find_videos(args, split, classes=0):
         if classes != 0:
             text = f"videos without labels, such as {paths[labels.index(None)]}"
             raise InputError(f"{source}: {text}.\n{LAYOUTS}")
-        return VideoList(source, root, paths)
+        return VideoList(source, root, np.array(paths))
 
     # Names are numbered as class folders are sorted; the labels of a list may be numbers.
     if isinstance(classes, list):
@@ -149,7 +147,7 @@ def find_videos(args, split, classes=0):
     if max(labels) >= count:
         path, label = pairs[labels.index(max(labels))]
         raise InputError(f"{source}: class {label!r} of {path} is not among the {count} classes")
-    return VideoList(source, root, paths, labels, names, count)
+    return VideoList(source, root, np.array(paths), np.array(labels), names, count)
 
 
 LIST_FOLDERS = "annotations", "labels"  # subfolders in which lists may be
@@ -278,8 +276,8 @@ def read_folders(folder, split):
     return pairs
 
 
-def files_below(folder, wanted=is_video):
-    """The files anywhere below a folder whose names are wanted, sorted, relative to it."""
+def files_below(folder):
+    """The videos anywhere below a folder, sorted, relative to it."""
     found = []
     seen = set()
     folders = [""]
@@ -291,7 +289,7 @@ def files_below(folder, wanted=is_video):
         identity = os.stat(path)[1:3]  # inode and device
         if identity not in seen:  # links may loop
             folders += sorted(os.path.join(name, subfolder) for subfolder in subfolders)
-            found += [os.path.join(name, file) for file in files if wanted(file)]
+            found += [os.path.join(name, file) for file in files if is_video(file)]
         seen.add(identity)
     return sorted(found)
 
@@ -372,8 +370,8 @@ class Video:
         self.start = min(stamps)
         whole = name in STREAMS and os.path.getsize(path) < WHOLE
         tail = {} if whole else self.stamps(1e6 * self.second)  # from the last key frame on
-        self.end = max((tail or self.stamps(-math.inf)).values())
-        self.duration = (self.end - self.start) / self.second
+        end = max((tail or self.stamps(-math.inf)).values())
+        self.duration = (end - self.start) / self.second
 
     def open(self):
         if not os.path.isfile(self.path):  # a pipe would wait, a device never end
@@ -409,8 +407,7 @@ class Video:
         Where files were joined and stamps start again, they are made to go on.
         """
         try:
-            self.container.seek(int(first), stream=self.stream)
-            self.codec.flush_buffers()
+            self.container.seek(int(first), stream=self.stream)  # empties the decoder, too
         except Exception:
             self.open()  # not open yet, -inf, or no seek is possible: begin at the start
         packets = self.container.demux(self.stream)
@@ -447,15 +444,14 @@ class Video:
         Beyond the last frame, the last frame. If up to half of the wanted frames are damaged, the
         nearest intact ones stand in; raises VideoError if more are.
         """
-        times = np.clip(self.start + np.asarray(times, float) * self.second, self.start, self.end)
+        times = self.start + np.clip(times, 0, self.duration) * self.second
         ordered = np.unique(times)
         far = np.flatnonzero(np.diff(ordered) > READ_THROUGH * self.second) + 1
         found = {}
         damaged = 0
         for group in np.split(ordered, far):
-            fast = self.can_seek and not self.reorders
-            part = self.decode_chosen(group) if fast else None
-            if part is None:
+            part = self.can_seek and not self.reorders and self.decode_chosen(group)
+            if not part:  # something looked off, or was known to
                 Video.careful += 1
                 if Video.careful == 100:
                     print("decoding took a careful pass 100 times: loading is slow for such files")
@@ -473,22 +469,24 @@ class Video:
 
         None if anything looks off.
         """
-        first = times[0] - self.second
-        packets = list(itertools.islice(self.packets(first, times[-1]), PACKETS))
+        packets = self.packets(times[0] - self.second, times[-1])
+        packets = list(itertools.islice(packets, PACKETS))
         shown = {p.pts for p in packets if not p.is_discard}
         if len(packets) == PACKETS or None in shown or min(shown, default=math.inf) > times[0]:
             return None
         wanted = set(nearest(shown, times))
-        chosen = [None] * (len(packets) + 1)  # None: a gap, or the end
-        keys = [i for i, packet in enumerate(packets) if packet.is_keyframe]
-        for i, packet in enumerate(packets):
+        chosen = [None]  # from the last to the first; None: a gap, or the end
+        earliest = math.inf  # of the wanted time stamps whose key frame is still to come
+        for packet in reversed(packets):
             if packet.pts in wanted:
-                # Frames shown before a key frame may need those before it: start at an earlier one.
-                key = max((k for k in keys if k <= i and packets[k].pts <= packet.pts), default=i)
-                chosen[key : i + 1] = packets[key : i + 1]
+                earliest = min(earliest, packet.pts)
+            chosen.append(packet if earliest < math.inf else None)
+            # Frames shown before a key frame may need those before it: go on to an earlier one.
+            if packet.is_keyframe and packet.pts <= earliest:
+                earliest = math.inf
         found = {}
         begins = True  # until a piece's first frame came out, which must be an intra picture
-        for packet, _ in itertools.groupby(chosen):  # one None for each gap
+        for packet, _ in itertools.groupby(reversed(chosen)):  # one None for each gap
             if self.codec.name == "h264":  # leave out what is neither wanted nor referred to
                 skip = packet and packet.pts not in wanted
                 self.codec.skip_frame = "NONREF" if skip else "DEFAULT"
@@ -514,8 +512,7 @@ class Video:
         """
         if lead < math.inf:  # else packets opens it
             self.open()  # a new decoder, in which nothing of an earlier pass is left
-        frames = np.full(len(times), None)  # the nearest intact frame to each time, so far
-        distance = np.full(len(times), np.inf)
+        found = {}  # the intact frames nearest to times, so far
         damaged = [1e99]  # stamps of what is damaged; the first is far from all times
         intra = lead == math.inf or None  # whether it began with an intra picture; None: not known
         waiting = []  # frames that came out, not looked at yet
@@ -538,15 +535,13 @@ class Video:
                 if not intra or frame.is_corrupt:
                     damaged.append(frame.pts)
                 else:
-                    away = abs(times - frame.pts)
-                    frames[away < distance] = frame
-                    distance = np.minimum(away, distance)
+                    found.setdefault(frame.pts, frame)
+                    found = {stamp: found[stamp] for stamp in nearest(found, times)}
                 later += frame.pts > times[-1]
             if later > REORDER:
                 break
-        found = {frame.pts: frame for frame in frames if frame}
         # Damaged: something damaged is nearer to a time than what is intact.
-        return found, sum(abs(np.subtract.outer(times, damaged)).min(1) < distance)
+        return found, sum(stamp not in found for stamp in nearest([*found, *damaged], times))
 
 
 def nearest(values, targets):
@@ -620,12 +615,12 @@ def read_clips(video, times):
     return [[next(frames) for _ in clip] for clip in times]
 
 
+@dataclasses.dataclass
 class VideoDataset(Dataset):
     """Samples made from a list of videos, or of keyframes."""
 
-    def __init__(self, videos, args):
-        self.videos = videos
-        self.args = args  # the stage's arguments
+    videos: object
+    args: object  # the stage's arguments
 
 
 class TrainDataset(VideoDataset):
@@ -663,17 +658,17 @@ class TestDataset(VideoDataset):
             return {"index": index, "failure": str(error)}
 
 
+@dataclasses.dataclass
 class ClipDataset(TrainDataset):
     """Clips to train on: repeated sampling, random resized crop, flip.
 
     A sample has: video uint8 (R, T, H, W, 3) of R clips; label (R,) if the list has labels.
     """
 
-    def __init__(self, videos, args, augment=None):
-        """augment: what else is done to a clip, uint8 (T, 3, H, W) -> the same."""
-        super().__init__(videos, args)
-        self.augment = augment
-        low, high = args.crop_scale
+    augment: object = None  # what else is done to a clip: uint8 (T, 3, H, W) -> the same
+
+    def __post_init__(self):
+        low, high = self.args.crop_scale
         if low > high:
             raise InputError(f"--crop_scale {low:g} {high:g}: the smaller number comes first")
 
@@ -711,16 +706,14 @@ class ClipDataset(TrainDataset):
         return clip
 
 
+@dataclasses.dataclass
 class MultiViewDataset(TestDataset):
     """Clips to test on: K clips spread over a video x S crops along its longer side (Tables 7, 9).
 
     A sample has: video uint8 (K * S, T, H, W, 3).
     """
 
-    def __init__(self, videos, args, views):
-        """views: (K, S)."""
-        super().__init__(videos, args)
-        self.views = views
+    views: tuple  # (K, S)
 
     def load(self, index):
         size = (self.args.img_size,) * 2

@@ -15,7 +15,8 @@ reaches 35.9 mAP on center crops and 36.8 on full frames (Table 8).
 
 import argparse
 import contextlib
-import csv
+import dataclasses
+import glob
 import math
 import os
 import re
@@ -32,12 +33,12 @@ from torchvision.utils import draw_bounding_boxes
 
 from data import DEMO_START, FPS, Batches, TestDataset, TrainDataset, Video, VideoError, files_below
 from data import make_demo, read_entries, report_failures, run_test, stateless_seed, to_clip
-from data import upright_size
-from model import RUN_FLAGS, SIZES, STOPPED, Detector, InputError, Run, autocast, cosine_decay
-from model import count_flops, distribute, fraction, load_for_use, make_optimizer, make_parser
-from model import make_plan, on_rank0, parameter_groups, parse_with_recipe, positive_int, print_plan
-from model import print_rank0, rank, rate, read_checkpoint, resume, run_main, start_from_sines
-from model import start_process, world_size, write_json, writing
+from data import upright_size, write_csv
+from model import RUN_FLAGS, SIZES, STOPPED, Detector, InputError, Run, autocast, bounded
+from model import cosine_decay, count_flops, distribute, fraction, load_for_use, make_optimizer
+from model import make_parser, make_plan, on_rank0, parameter_groups, parse_with_recipe
+from model import positive_int, print_plan, print_rank0, rank, rate, read_checkpoint, resume
+from model import run_main, start_from_sines, start_process, world_size, write_json, writing
 
 AVA = dict(  # Table 6a: AVA fine-tuning. Keys are flags, comments the table's words
     optimizer="sgd",  # optimizer: SGD
@@ -130,13 +131,12 @@ def model_config(args):
 
 # ----------------------------------------------------------------------------- AVA's annotations
 
-AVA_TIMES = 902, 1798  # the seconds of each movie that are annotated
 AVA_CLASSES = 80  # actions, numbered from 1; 60 of them are evaluated
 AVA_FILES = {  # by their distributed names; of several, the last by name, then by path
-    "ground_truth": "ava_{split}_v2.?.csv",
-    "excluded": "ava_{split}_excluded_timestamps_v2.?.csv",
-    "boxes": "ava_detection_{split}_boxes*.csv",
-    "action_list": "ava_action_list_v2.?_for_activitynet_*.pbtxt",
+    "ground_truth": "**/ava_{split}_v2.?.csv",
+    "excluded": "**/ava_{split}_excluded_timestamps_v2.?.csv",
+    "boxes": "**/ava_detection_{split}_boxes*.csv",
+    "action_list": "**/ava_action_list_v2.?_for_activitynet_*.pbtxt",
 }
 AVA_LAYOUT = """\
   DATA/annotations/         with everything below at any depth:
@@ -151,7 +151,7 @@ AVA_LAYOUT = """\
 
 
 def find_file(args, split, what, needed=True):
-    """The path of an annotation file of a split, or None if there is none and none is needed.
+    """The path of an annotation file of a split: of an empty one if there is none, nor needed.
 
     what: a key of AVA_FILES. For val, the flag of that name comes first.
     """
@@ -159,20 +159,17 @@ def find_file(args, split, what, needed=True):
         return vars(args)[what]
     folder = Path(args.data, "annotations")
     pattern = AVA_FILES[what].format(split=split)
-    found = files_below(folder, lambda name: Path(name).match(pattern)) if folder.exists() else []
+    found = sorted(glob.glob(pattern, root_dir=folder, recursive=True))
     if not found and needed:
         raise InputError(f"{args.data}: no {what} of {split} in it; expected\n{AVA_LAYOUT}")
     found.sort(key=os.path.basename)
     if len(found) > 1:
         print(f"{folder}: {what} of {split}: {found[-1]}, the last of {len(found)} files")
-    return folder / found[-1] if found else None
+    return folder / found[-1] if found else os.devnull
 
 
-def finite(text):
-    """A number, not nan or infinite."""
-    if not math.isfinite(float(text)):
-        raise ValueError(f"{text} is not a number")
-    return float(text)
+finite = bounded(float, -1e18)  # a number, not nan or infinite
+action_number = bounded(int, 1, AVA_CLASSES)
 
 
 def read_boxes(file, proposals=False, threshold=-math.inf, excluded=()):
@@ -193,11 +190,9 @@ def read_boxes(file, proposals=False, threshold=-math.inf, excluded=()):
         thin = 1e-5  # thinner boxes are empty when they are written with six digits
         if not (-1 < x1 < x2 - thin < 2 and -1 < y1 < y2 - thin < 2):
             raise ValueError("not a box; expected x1 < x2 and y1 < y2, as shares of the frame")
-        action = int(action or -1)
-        if not (1 <= action <= AVA_CLASSES or (proposals and action == -1)):
-            raise ValueError(f"action {action} is outside 1..{AVA_CLASSES}")
+        action = 0 if proposals and action in ("", "-1") else action_number(action)
         key, score = (video.strip(), finite(second)), finite(score)
-        return (key, (x1, y1, x2, y2, max(0, action), score)) if score >= threshold else None
+        return (key, (x1, y1, x2, y2, action, score)) if score >= threshold else None
 
     boxes = {}
     expected = "video,second,x1,y1,x2,y2,action,score (or person)"
@@ -214,7 +209,7 @@ def read_excluded(file):
         video, second = row
         return video.strip(), finite(second)
 
-    return set(read_entries(file, convert, "video,second")) if file else set()
+    return set(read_entries(file, convert, "video,second"))
 
 
 def read_action_list(file):
@@ -222,9 +217,7 @@ def read_action_list(file):
 
     def convert(entry):
         ((name, number),) = re.findall(r'name:\s*"(.*?)"\s*(?:label_)?id:\s*(-?\d+)', entry)
-        if not 1 <= int(number) <= AVA_CLASSES:
-            raise ValueError(f"action {number} is outside 1..{AVA_CLASSES}")
-        return int(number), name
+        return action_number(number), name
 
     expected = 'entries like item { name: "walk" id: 14 }'
     items = re.compile(r"(?:item|label)\s*\{([^}]*)\}").findall
@@ -265,14 +258,12 @@ def read_ground_truth(args):
 def read_keyframes(args, split):
     """The Keyframes of a split: true and detected boxes to train on, detected ones to test on.
 
-    Those that are excluded, of missing movies or outside AVA_TIMES are left out and counted.
+    Those that are excluded or of missing movies are left out and counted.
     """
     train = split == "train"
     excluded = read_excluded(find_file(args, split, "excluded", needed=False))
     source = find_file(args, split, "boxes", needed=not train)
-    boxes = read_boxes(source, proposals=True, threshold=args.detection_threshold) if source else {}
-    if source and not boxes:
-        raise InputError(f"{source}: no box reaches --detection_threshold")
+    boxes = read_boxes(source, proposals=True, threshold=args.detection_threshold)
     if train:  # its keyframes are those of the ground truth
         if boxes and not any(rows[:, 4].any() for rows in boxes.values()):
             raise InputError(f"{source}: boxes without actions cannot be trained on")
@@ -280,34 +271,29 @@ def read_keyframes(args, split):
         for key, rows in read_boxes(source).items():
             boxes[key] = np.concatenate([rows, boxes.get(key, rows[:0])])
     movies = find_movies(args, {video for video, _ in boxes})
-    kept = {}
-    first, last = AVA_TIMES
-    for key in sorted(boxes.keys() - excluded):
-        if key[0] in movies and first <= key[1] <= last:
-            kept[key] = boxes[key]
+    kept = {key: boxes[key] for key in sorted(boxes.keys() - excluded) if key[0] in movies}
     if out := len(boxes) - len(kept):
-        print(f"{source}: {out} keyframes are excluded, of missing movies or not in {AVA_TIMES}")
+        print(f"{source}: {out} keyframes are excluded, or of missing movies")
     if not kept:
-        raise InputError(f"{source}: no keyframe is left to use")
+        raise InputError(f"{source}: no keyframe is left, or no box reaches --detection_threshold")
     return Keyframes(str(source), kept, movies, args.video_start)
 
 
 # --------------------------------------------------------------------------- keyframes and clips
 
 
+@dataclasses.dataclass
 class Keyframes:
     """Annotated seconds of movies, with their person boxes: what AVA trains and tests on."""
 
+    source: str  # the file they are from
+    rows: dict  # {(video, second): (R, 6)}, as from read_boxes
+    movies: dict  # {video: path}
+    video_start: float  # the second that files begin with; None: 0, or 900 for a folder of frames
     unit = "keyframes"
 
-    def __init__(self, source, boxes, movies, video_start=None):
-        """boxes: as from read_boxes. movies: {video: path}. video_start: the second that files
-        begin with; None: 0, or 900 for a folder of frames.
-        """
-        self.source = source
-        self.movies = movies
-        self.video_start = video_start
-        self.keys, self.rows = list(boxes), list(boxes.values())  # (video, second), (R, 6)
+    def __post_init__(self):
+        self.keys = list(self.rows)
 
     def __len__(self):
         return len(self.keys)
@@ -317,11 +303,11 @@ class Keyframes:
         return f"{self.movies[video]}, second {second:g}"
 
     def boxes(self, index):
-        """A keyframe's boxes (K, 4), shares of the frame, and their actions (K, 80), booleans."""
-        rows = self.rows[index]  # one for each action of each box
+        """A keyframe's boxes (K, 4), shares of the frame, and their actions (K, 80), 0 or 1."""
+        rows = self.rows[self.keys[index]]  # one for each action of each box
         boxes, box_of_row = np.unique(rows[:, :4], axis=0, return_inverse=True)
-        actions = np.zeros((len(boxes), 1 + AVA_CLASSES), dtype=bool)  # column 0: no action
-        actions[box_of_row.reshape(-1), rows[:, 4].astype(int)] = True
+        actions = torch.zeros(len(boxes), 1 + AVA_CLASSES)  # column 0: no action
+        actions[box_of_row.reshape(-1), rows[:, 4].astype(int)] = 1
         return boxes, actions[:, 1:]
 
     def frames(self, index, num_frames, sampling_rate):
@@ -352,12 +338,12 @@ class FrameFolder:
         """The frames nearest to the given times in seconds, as Video.frames gives them."""
         frames = []
         for number in 1 + np.rint(times * FPS).astype(int).clip(0, self.count - 1):
-            file = self.path / f"{self.path.name}_{number:06d}.jpg"
+            file = f"{self.path}/{self.path.name}_{number:06d}.jpg"
             try:
                 with Video(file) as picture:
                     frames += picture.frames([0])
             except VideoError as error:
-                raise VideoError(f"{file.name} {error}") from None
+                raise VideoError(f"{file} {error}") from None
         return frames
 
 
@@ -397,10 +383,10 @@ class KeyframeDataset(TrainDataset):
         flip = args.hflip and mirror < 0.5
         clip, boxes = cut_clip(frames, boxes, crop, (args.img_size,) * 2, flip)
         inside = (boxes[:, :2] < boxes[:, 2:]).all(1)
-        actions = torch.from_numpy(actions)[inside].float()
-        return {"video": clip[None], "boxes": [boxes[inside]], "actions": actions}
+        return {"video": clip[None], "boxes": [boxes[inside]], "actions": actions[inside]}
 
 
+@dataclasses.dataclass
 class KeyframeTestDataset(TestDataset):
     """Clips around keyframes to test on: short side --test_size; its middle square, or all of it.
 
@@ -408,9 +394,7 @@ class KeyframeTestDataset(TestDataset):
     rounded to patches. All boxes are kept: each needs scores.
     """
 
-    def __init__(self, videos, args, patch_size):
-        super().__init__(videos, args)
-        self.patch_size = patch_size
+    patch_size: int
 
     def load(self, index):
         args = self.args
@@ -436,7 +420,8 @@ def train(args):
 
     # ---------------------------------------------------------------- data
     keyframes, held_out = (on_rank0(read_keyframes, args, split) for split in ("train", "val"))
-    truth, classes, _ = on_rank0(read_ground_truth, args)  # classes: {number: name}
+    # {number: name}; what is wrong with the ground truth is found now, not after training.
+    _, classes, _ = on_rank0(read_ground_truth, args)
     plan = make_plan(args, len(keyframes), repeat_aug=1)
 
     # --------------------------------------------------------------- model
@@ -472,7 +457,7 @@ def train(args):
             num_boxes = torch.full((), float(boxes), device=device)
             if world_size() > 1:
                 dist.all_reduce(num_boxes)
-            loss = torch.zeros((), device=device)
+            loss = 0
             for micro_step, batch in enumerate(micro_batches):
                 # Seeds dropout and drop path. The 0 makes it five numbers: clips have four.
                 torch.manual_seed(stateless_seed(args.seed, step, rank(), micro_step, 0))
@@ -486,8 +471,7 @@ def train(args):
                 micro_loss = error * world_size() / (num_boxes.clamp(min=1) * AVA_CLASSES)
                 micro_loss.backward()
                 loss += micro_loss.detach()
-            parameters = detector.parameters()
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad or math.inf)
+            grad_norm = torch.nn.utils.clip_grad_norm_(ddp.parameters(), args.clip_grad or math.inf)
             optimizer.step()
             optimizer.zero_grad()
 
@@ -500,7 +484,7 @@ def train(args):
                 break
     if run.was_stopped():
         return STOPPED
-    test(detector, held_out, args, truth, classes)
+    test(detector, held_out, args, classes)
     print_rank0(
         f"next: python finetune_ava.py --predict VIDEO --boxes CSV --init {run.out}/checkpoint.pt"
     )
@@ -509,22 +493,23 @@ def train(args):
 # ----------------------------------------------------------------------------------------- score
 
 
-def score(truth, detections, actions):
-    """Score detections by AVA's protocol, in %: {"mAP": ..., "per_class": {name: AP or None}}.
+def score(args, file):
+    """Score a csv of detections by AVA's protocol, in %: {"mAP": ..., "per_class": {name: AP}}.
 
-    Prints them. truth, detections: as from read_boxes. Mean average precision at IoU 0.5 over the
-    actions that happen in the ground truth.
+    Prints them. Mean average precision at IoU 0.5 over the actions that happen in the ground truth;
+    the others have None.
     """
+    truth, actions, excluded = read_ground_truth(args)
+    detections = read_boxes(file, excluded=excluded)
     if detections and not {video for video, _ in detections} & {video for video, _ in truth}:
         raise InputError(f"the detections are of other movies, such as {next(iter(detections))[0]}")
-    truth = split_actions(truth)
-    detections = split_actions(detections)
     per_class = {}
     for action, name in actions.items():
-        people = truth.get(action, {})
-        scores = [[]]  # of each keyframe; an empty one, for actions that were never detected
+        people = {key: rows[rows[:, 4] == action] for key, rows in truth.items()}
+        scores = [[]]  # of each keyframe; an empty one, if there are no detections
         right = [[]]
-        for key, rows in detections.get(action, {}).items():
+        for key, rows in detections.items():
+            rows = rows[rows[:, 4] == action]
             rows = rows[np.argsort(rows[:, 5])[::-1]]  # ties as in the official evaluator
             scores.append(rows[:, 5])
             right.append(are_right(rows, people.get(key, ())))
@@ -537,15 +522,6 @@ def score(truth, detections, actions):
         raise InputError(f"the ground truth has none of the {len(actions)} actions of the list")
     print(f"mAP@0.5IOU: {sum(values) / len(values):.4f} %")
     return {"mAP": sum(values) / len(values), "per_class": per_class}
-
-
-def split_actions(boxes):
-    """{(video, second): rows} -> {action: {(video, second): rows}}."""
-    split = {}
-    for key, rows in boxes.items():
-        for action in np.unique(rows[:, 4]):
-            split.setdefault(action, {})[key] = rows[rows[:, 4] == action]
-    return split
 
 
 def are_right(rows, people):
@@ -593,60 +569,61 @@ def detect(detector, keyframes, args, actions):
 
     clips = KeyframeTestDataset(keyframes, args, detector.patch_size)
     scores, failures = run_test(clips, device, scores_of)
+
+    def rows():
+        for index, values in scores.items():
+            video, second = keyframes.keys[index]
+            for box, value in zip(keyframes.boxes(index)[0], values.tolist()):
+                start = video, f"{second:04.10g}", *(f"{x:.6g}" for x in box)
+                for action in actions:
+                    yield *start, action, f"{value[action - 1]:.6f}"
+
     if rank() == 0:
-        with (
-            writing(Path(args.output_dir, "detections.csv")) as beside,
-            open(beside, "w", newline="") as file,
-        ):
-            rows = csv.writer(file)
-            for index, values in scores.items():
-                video, second = keyframes.keys[index]
-                second = f"{second:04.10g}"
-                for box, value in zip(keyframes.boxes(index)[0], values.tolist()):
-                    box = [f"{x:.6g}" for x in box]
-                    for action in actions:
-                        rows.writerow([video, second, *box, action, f"{value[action - 1]:.6f}"])
+        write_csv(f"{args.output_dir}/detections.csv", rows())
     return scores, failures
 
 
-def test(detector, keyframes, args, truth, actions):
+def test(detector, keyframes, args, actions):
     """Detect at all keyframes and score; writes detections.csv, results.json and pictures/."""
     scores, failures = detect(detector, keyframes, args, actions)
     if rank() == 0:
         out = Path(args.output_dir)
-        results = score(truth, read_boxes(out / "detections.csv"), actions)
+        results = score(args, out / "detections.csv")
         boxes = sum(map(len, scores.values()))
         results |= dict(boxes=boxes, keyframes=len(keyframes), unreadable=len(failures))
         size = args.test_size or args.img_size
         results |= dict(test_crop=args.test_crop, test_size=size, init=args.init)
         write_json(out / "results.json", results)
         print(f"{boxes} boxes at {len(keyframes)} keyframes, {args.test_crop} crop")
-        shown = list(scores)[:: max(1, len(scores) // 4)][:4]
-        draw(keyframes, {index: scores[index] for index in shown}, actions, out / "pictures")
+        shown = list(scores.items())[:: 1 + len(scores) // 4]  # at most four
+        draw(keyframes, dict(shown), actions, out / "pictures")
     report_failures(args, keyframes, failures)
 
 
 def draw(keyframes, scores, actions, out):
-    """Draw the boxes of keyframes and what the model says of them, as PNG files."""
+    """Print what the model says of the boxes of keyframes, and draw it, as PNG files."""
     for index, values in scores.items():
         frame = keyframes.frames(index, 1, 0)
         H, W = upright_size(frame[0])
         size = 360, round(360 * W / H)
         picture = to_clip(frame, size)[0].permute(2, 0, 1) // 2  # dark: labels can be read
-        boxes = torch.from_numpy(keyframes.boxes(index)[0] * (size[::-1] * 2))
+        boxes, _ = keyframes.boxes(index)
         labels = [caption(value, actions) for value in values]
+        for box, label in zip(boxes.round(3).tolist(), labels):
+            print(f"{keyframes.name(index)}, {box}: {label}")
+        boxes = torch.from_numpy(boxes * (size[::-1] * 2))
         picture = draw_bounding_boxes(picture, boxes, labels, colors="yellow", width=2)
         path = out / "{}_{:g}.png".format(*keyframes.keys[index])
         with writing(path) as beside:
             beside.write_bytes(encode_png(picture).numpy().tobytes())
-        print(f"{path}: boxes with predicted actions")
+        print(f"{path}: drawn there")
 
 
-def caption(scores, actions, most=3, least=0.2):
-    """The highest-scoring actions of a person, at least one: (80,) -> text."""
-    ranked = sorted(((scores[i - 1].item(), name) for i, name in actions.items()), reverse=True)
-    shown = ranked[:1] + [pair for pair in ranked[1:most] if pair[0] >= least]
-    return ", ".join(f"{name} {value:.2f}" for value, name in shown)
+def caption(scores, actions):
+    """The highest-scoring action of a person, and up to two more from 0.2 on: (80,) -> text."""
+    ranked = sorted(actions, key=lambda i: -scores[i - 1])
+    shown = ranked[:1] + [i for i in ranked[1:3] if scores[i - 1] >= 0.2]
+    return ", ".join(f"{actions[i]} {scores[i - 1]:.2f}" for i in shown)
 
 
 # ------------------------------------------------------------------------------------ prediction
@@ -657,27 +634,21 @@ def predict(detector, args, actions):
     video = Path(args.predict).stem
     boxes = read_boxes(args.boxes, proposals=True)
     boxes = {key: rows for key, rows in boxes.items() if key[0] == video}
-    if not boxes or not Path(args.predict).exists():
-        raise InputError(f"{args.predict}: no such file, or no box of {video} in {args.boxes}")
+    if not boxes:
+        raise InputError(f"{args.boxes}: no box of {video}")
     keyframes = Keyframes(args.boxes, boxes, {video: args.predict}, video_start=0)
     scores, failures = detect(detector, keyframes, args, actions)
-    for index, values in scores.items():
-        for box, value in zip(keyframes.boxes(index)[0], values):
-            corners = ",".join(f"{x:.3f}" for x in box)
-            print(f"{keyframes.name(index)}, {corners}: {caption(value, actions)}")
     draw(keyframes, scores, actions, Path(args.output_dir))
     if failures:
         reasons = "\n".join(f"{keyframes.name(i)}: {failures[i]}" for i in failures)
-        count = f"{len(failures)} of {len(keyframes)}"
-        raise InputError(f"{args.predict}: {count} seconds cannot be read:\n{reasons}")
+        raise InputError(f"{len(failures)} of {len(keyframes)} seconds cannot be read:\n{reasons}")
 
 
 def main():
     args = parse_args()
     on_rank0(make_demo, args)
     if args.score:
-        truth, actions, excluded = read_ground_truth(args)
-        score(truth, read_boxes(args.score, excluded=excluded), actions)
+        score(args, args.score)
         return None
     if not (args.eval or args.predict):
         return train(args)
@@ -686,10 +657,10 @@ def main():
     device = start_process(args)
     if args.eval:
         keyframes = on_rank0(read_keyframes, args, "val")
-        truth, actions, _ = on_rank0(read_ground_truth, args)
+        _, actions, _ = on_rank0(read_ground_truth, args)
     detector = load_for_use(Detector(**model_config(args)), args).to(device)
     if args.eval:
-        return test(detector, keyframes, args, truth, actions)
+        return test(detector, keyframes, args, actions)
     actions = read_checkpoint(args.init, check=False).get("classes")
     if args.action_list:
         actions = read_action_list(args.action_list)

@@ -212,7 +212,7 @@ def train(args):
             # Share of hidden tokens: from --mask_start to 0 at the last step (Table 11).
             mask_ratio = cosine_decay(step, args.mask_start, 0, max(1, plan.steps - 1))
 
-            loss = torch.zeros((), device=device)
+            loss = 0
             for micro_step in range(plan.micro_steps):
                 batch = next(batches)
                 # Seeds mixing, masks and dropout. The 0 makes it five numbers: clips have four.
@@ -227,8 +227,7 @@ def train(args):
                 micro_loss = F.cross_entropy(logits, target, label_smoothing=args.label_smoothing)
                 (micro_loss / plan.micro_steps).backward()
                 loss += micro_loss.detach() / plan.micro_steps
-            parameters = classifier.parameters()
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad or math.inf)
+            grad_norm = torch.nn.utils.clip_grad_norm_(ddp.parameters(), args.clip_grad or math.inf)
             optimizer.step()
             optimizer.zero_grad()
 

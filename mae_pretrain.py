@@ -130,8 +130,7 @@ def train(args):
     groups = parameter_groups(mae, args.weight_decay, decay_positions=True)
     optimizer = make_optimizer(args, groups)
     start, checkpoint = resume(args, MAY_DIFFER, mae, optimizer, videos)
-    noise = MASK_TYPES[args.mask_type](mae.grid, args.mask_ratio)[None].to("meta")
-    flops = count_flops(MAE, config, args.mask_ratio, noise)  # raises if no token is left
+    flops = count_flops(MAE, config, args.mask_ratio)  # raises if no token is left
     print_plan(args, plan, mae, videos, flops)
 
     # ---------------------------------------------------------------- loop
@@ -142,7 +141,7 @@ def train(args):
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
 
-            loss = torch.zeros((), device=device)
+            loss = 0
             for micro_step in range(plan.micro_steps):
                 batch = next(batches)
                 # Seeds the masks. The 0 makes it five numbers: clips have four.
@@ -192,11 +191,11 @@ def reconstruct(mae, video, mask_ratio):
     _, pred, mask = mae(video, mask_ratio)
     tubelets, grid = mae.patchify(video)
     truth = normalize(tubelets[..., : pred.shape[-1]])  # (1, N, pred_frames*p*p*3)
+    hidden = mask[..., None] == 1  # (1, N, 1)
     scales = [(0, 1)]  # (mean, deviation)
     if mae.norm_pix_loss:
-        mean, std = truth.mean(2, keepdim=True), truth.std(2, keepdim=True)  # (1, N, 1)
-        scales = [(mean, std), (mean[mask == 0].mean(), std[mask == 0].mean())]
-    hidden = mask[..., None] == 1
+        std, mean = torch.std_mean(truth, 2, keepdim=True)  # (1, N, 1)
+        scales = [(mean, std), (mean[~hidden].mean(), std[~hidden].mean())]
     rows = [torch.where(hidden, pred * std + mean, truth) for mean, std in scales]
     rows = torch.cat([truth, truth.masked_fill(hidden, 0), *rows])
     pixels = unpatchify(rows, grid, mae.patch_size) * PIXEL_STD + PIXEL_MEAN

@@ -244,7 +244,7 @@ def test_validation_takes_one_view_of_held_out_videos_amid_training(videos, tmp_
             seen.append((module.training, len(args[0])))
 
     def tested(classifier, held_out, *more, test=finetune_cls.test):
-        assert held_out.source == str(videos / "val.csv")
+        assert held_out.source == videos / "val.csv"
         return test(classifier, held_out, *more)[0] | {"top1": 12.5 * len(seen)}, {}
 
     seen, training, one_view, views = [], [(True, 4)], 5 * [(False, 1)], 5 * [(False, 6)]
@@ -478,7 +478,7 @@ def test_predict_draws_and_writes_what_people_do(whole, videos, tmp_path, capsys
     line += f" --init {whole('finetune_ava')} --output_dir {tmp_path}/out"
     assert run_stage("finetune_ava", line) == ""
     out = capsys.readouterr().out
-    assert re.search(r"val0001.mp4, second 1.5, 0.100,0.200,0.400,0.800: \w+ 0\.\d\d", out)
+    assert re.search(r"val0001.mp4, second 1.5, \[0.1, 0.2, 0.4, 0.8\]: \w+ 0\.\d\d", out)
     rows = (tmp_path / "out" / "detections.csv").read_text().splitlines()
     assert [row.split(",")[1] for row in rows] == [*2 * 12 * ["01.5"], *12 * ["0002"]]
     assert {"val0001_1.5.png", "val0001_2.png"} < set(os.listdir(tmp_path / "out"))
