@@ -40,7 +40,7 @@ from av.video.frame import PictureType
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import RandomResizedCrop
 
-from model import InputError, append, check_failures, cores, gather, progress, rank, world_size
+from model import InputError, append, check_failures, gather, progress, rank, world_size
 from model import writing
 
 FPS = 30  # --sampling_rate counts in frames of this rate: 16 frames, every 4th, span 64 / 30 s
@@ -816,6 +816,12 @@ def to_device(batch, device):
     on_gpu = device.type == "cuda"  # elsewhere, a copy that does not wait can read too early
     move = functools.partial(torch.Tensor.to, device=device, non_blocking=on_gpu)
     return {k: move(v) if torch.is_tensor(v) else [move(x) for x in v] for k, v in batch.items()}
+
+
+def cores():
+    """How many of this machine's cores a training process and its workers may take."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, count // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def load_samples(dataset, keys, together=None, stopping=lambda: False):

@@ -35,7 +35,7 @@ from data import DEMO_START, FPS, Batches, TestDataset, TrainDataset, Video, Vid
 from data import make_demo, read_entries, report_failures, run_test, stateless_seed, to_clip
 from data import upright_size, write_csv
 from model import RUN_FLAGS, SIZES, STOPPED, Detector, InputError, Run, autocast, bounded
-from model import cosine_decay, count_flops, distribute, fraction, load_for_use, make_optimizer
+from model import cosine_decay, count_flops, distribute, fraction, load_pretrained, make_optimizer
 from model import make_parser, make_plan, on_rank0, parameter_groups, parse_with_recipe
 from model import positive_int, print_plan, print_rank0, rank, rate, read_checkpoint, resume
 from model import run_main, start_from_sines, start_process, world_size, write_json, writing
@@ -658,10 +658,11 @@ def main():
     if args.eval:
         keyframes = on_rank0(read_keyframes, args, "val")
         _, actions, _ = on_rank0(read_ground_truth, args)
-    detector = load_for_use(Detector(**model_config(args)), args).to(device)
+    detector = Detector(**model_config(args)).to(device)
+    load_pretrained(detector, args.init, complete=True)
     if args.eval:
         return test(detector, keyframes, args, actions)
-    actions = read_checkpoint(args.init, check=False).get("classes")
+    actions = read_checkpoint(args.init).get("classes")
     if args.action_list:
         actions = read_action_list(args.action_list)
     return predict(detector, args, actions or {i: f"action {i}" for i in range(1, AVA_CLASSES + 1)})

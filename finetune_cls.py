@@ -26,7 +26,7 @@ from torchvision.transforms.v2 import functional as TF
 from data import LAYOUTS, Batches, ClipDataset, MultiViewDataset, VideoList, find_videos, make_demo
 from data import report_failures, run_test, stateless_seed
 from model import PIXEL_MEAN, RUN_FLAGS, SIZES, STOPPED, Classifier, InputError, Run, autocast
-from model import cosine_decay, count_flops, distribute, fraction, load_for_use, make_optimizer
+from model import cosine_decay, count_flops, distribute, fraction, load_pretrained, make_optimizer
 from model import make_parser, make_plan, nonnegative, normalize, on_rank0, parameter_groups
 from model import parse_with_recipe, positive_int, print_plan, print_rank0, rank, rate
 from model import read_checkpoint, resume, run_main, start_from_sines, start_process, write_json
@@ -378,13 +378,14 @@ def main():
     if not (args.eval or args.predict):
         return train(args)
     device = start_process(args)
-    saved = read_checkpoint(args.init, check=False)
+    saved = read_checkpoint(args.init)
     names = saved.get("classes")
     num_classes = saved.get("config", {}).get("num_classes")
     num_classes = num_classes or args.num_classes or CLASSES.get(args.dataset)
     if not num_classes:
         raise InputError("--num_classes is needed: how many classes does the checkpoint have?")
-    classifier = load_for_use(Classifier(**model_config(args, num_classes)), args).to(device)
+    classifier = Classifier(**model_config(args, num_classes)).to(device)
+    load_pretrained(classifier, args.init, complete=True)
     if args.eval:
         on_rank0(make_demo, args)
         videos = on_rank0(find_videos, args, "val", names or num_classes)

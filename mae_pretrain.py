@@ -23,10 +23,10 @@ from torchvision.utils import make_grid
 from data import FPS, LAYOUTS, Batches, ClipDataset, MultiViewDataset, VideoList, find_videos
 from data import make_demo, model_order, stateless_seed, write_video
 from model import MAE, MASK_TYPES, PIXEL_MEAN, PIXEL_STD, RUN_FLAGS, SIZES, STOPPED, InputError, Run
-from model import autocast, cosine_decay, count_flops, distribute, fraction, load_for_use
+from model import autocast, cosine_decay, count_flops, distribute, fraction, load_pretrained
 from model import make_optimizer, make_parser, make_plan, normalize, on_rank0, parameter_groups
 from model import parse_with_recipe, positive_int, print_plan, rank, rate, resume, run_main
-from model import start_from_sines, start_process, unpatchify, writing
+from model import start_from_sines, start_process, writing
 
 KINETICS = dict(  # Table 5a: Kinetics pre-training. Keys are flags, comments the table's words
     optimizer="adamw",  # optimizer: AdamW
@@ -180,6 +180,13 @@ def train(args):
         print(f"next: python finetune_cls.py {data_set} {model}")
 
 
+def unpatchify(tubelets, grid, patch_size):
+    """The inverse of patchify: (B, t*h*w, u*p*p*3) -> (B, 3, t*u, h*p, w*p)."""
+    p = patch_size
+    x = tubelets.unflatten(2, (-1, p, p, 3)).unflatten(1, grid)  # (B, t, h, w, u, p, p, 3)
+    return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6).flatten(4, 5).flatten(2, 3)
+
+
 @torch.no_grad()
 def reconstruct(mae, video, mask_ratio):
     """Original, masked input and reconstruction: uint8 (1, 3, T, H, W) -> (3, T', 3, H', W').
@@ -240,7 +247,8 @@ def main():
     if not args.visualize:
         return train(args)
     device = start_process(args)
-    mae = load_for_use(MAE(**model_config(args)), args).to(device)
+    mae = MAE(**model_config(args)).to(device)
+    load_pretrained(mae, args.init, complete=True)
     failed = visualize(mae, args.visualize, Path(args.output_dir), args, device)
     if failed:
         raise InputError(f"{failed} of {len(args.visualize)} videos cannot be read")

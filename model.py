@@ -65,7 +65,7 @@ class InputError(ValueError):
 
 
 def patchify(video, patch_size, t_patch_size):
-    """Cut a video into tubelets of u x p x p pixels: (B, 3, T, H, W) -> (B, N, u*p*p*3).
+    """Cut a video (B, 3, T, H, W) into tubelets (B, N, u*p*p*3); returns their grid (t, h, w), too.
 
     Tokens are ordered by time, row, column; a token's values by frame, row, column, channel.
     Frames, rows and columns that do not fill a whole tubelet are dropped, as in a strided
@@ -74,14 +74,7 @@ def patchify(video, patch_size, t_patch_size):
     u = t_patch_size
     p = patch_size
     video = video.unfold(2, u, u).unfold(3, p, p).unfold(4, p, p)  # (B, 3, t, h, w, u, p, p)
-    return video.movedim(1, -1).flatten(4).flatten(1, 3)
-
-
-def unpatchify(tubelets, grid, patch_size):
-    """The inverse of patchify: (B, t*h*w, u*p*p*3) -> (B, 3, t*u, h*p, w*p)."""
-    p = patch_size
-    x = tubelets.unflatten(2, (-1, p, p, 3)).unflatten(1, grid)  # (B, t, h, w, u, p, p, 3)
-    return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6).flatten(4, 5).flatten(2, 3)
+    return video.movedim(1, -1).flatten(4).flatten(1, 3), tuple(video.shape[2:5])
 
 
 def normalize(pixels):
@@ -108,14 +101,12 @@ def random_mask(grid, mask_ratio):
 
 def tube_mask(grid, mask_ratio):
     """Space-only: tubes, the same patches at all times."""
-    t, h, w = grid
-    return torch.rand(1, h, w)
+    return torch.rand(1, *grid[1:])
 
 
 def frame_mask(grid, mask_ratio):
     """Time-only: all patches of a time step."""
-    t, h, w = grid
-    return torch.rand(t, 1, 1)
+    return torch.rand(grid[0], 1, 1)
 
 
 def block_mask(grid, mask_ratio):
@@ -177,20 +168,16 @@ def random_masking(noise, grid, mask_ratio):
 LayerNorm = functools.partial(nn.LayerNorm, eps=1e-6)
 
 
-class TubeletEmbed(nn.Module):
+class TubeletEmbed(nn.Conv3d):
     """Patch embedding of tubelets that are already cut out: (B, V, u*p*p*3) -> (B, V, D).
 
-    A strided convolution over the video would also embed the hidden tokens. The weight keeps
-    Conv3d's shape, which is what checkpoints hold.
+    A strided convolution over the video would also embed the hidden tokens. The weight alone is
+    that of a Conv3d, which is what checkpoints hold.
     """
 
-    def __init__(self, patch_size, t_patch_size, embed_dim):
-        super().__init__()
-        self.proj = nn.Conv3d(3, embed_dim, (t_patch_size, patch_size, patch_size))
-
     def forward(self, tubelets):
-        weight = self.proj.weight.movedim(1, -1)  # (D, 3, u, p, p) -> (D, u, p, p, 3)
-        return F.linear(tubelets, weight.flatten(1), self.proj.bias)
+        weight = self.weight.movedim(1, -1)  # (D, 3, u, p, p) -> (D, u, p, p, 3)
+        return F.linear(tubelets, weight.flatten(1), self.bias)
 
 
 class Attention(nn.Module):
@@ -304,7 +291,8 @@ class VideoViT(nn.Module):
                 f"clips of {num_frames} x {img_size} x {img_size} are smaller than a tubelet of "
                 f"{t_patch_size} x {patch_size} x {patch_size}"
             )
-        self.patch_embed = TubeletEmbed(patch_size, t_patch_size, embed_dim)
+        proj = TubeletEmbed(3, embed_dim, (t_patch_size, patch_size, patch_size))
+        self.patch_embed = nn.Sequential(OrderedDict(proj=proj))  # named as in checkpoints
         self.cls_token = learned(1, embed_dim)
         self.pos_embed_spatial = learned(h * w, embed_dim)
         self.pos_embed_temporal = learned(t, embed_dim)
@@ -332,9 +320,7 @@ class VideoViT(nn.Module):
 
     def patchify(self, video):
         """Cut a video (B, 3, T, H, W): tubelets (B, N, u*p*p*3), and their grid (t, h, w)."""
-        T, H, W = video.shape[2:]
-        grid = T // self.t_patch_size, H // self.patch_size, W // self.patch_size
-        return patchify(video, self.patch_size, self.t_patch_size), grid
+        return patchify(video, self.patch_size, self.t_patch_size)
 
     def forward_encoder(self, tubelets, grid, visible=None):
         """Encode the visible tubelets and no others: (B, N, u*p*p*3) -> (B, 1 + V, D).
@@ -587,11 +573,11 @@ class DamagedError(InputError):
     """A file that was read, and is damaged: reading it again will not help."""
 
 
-def read_checkpoint(path, check=True):
+def read_checkpoint(path):
     """Read a checkpoint, a dict, or the latest in a run's folder, to the CPU; runs no code in it.
 
-    check: verify the file's checksums first, which reads all of it. Raises DamagedError if it is
-    damaged or no checkpoint, InputError if it cannot be read, which may pass.
+    Raises DamagedError if it is damaged, as its checksums tell, or no checkpoint; InputError if it
+    cannot be read, which may pass.
     """
     path = Path(path)
     if path.is_dir():
@@ -603,7 +589,7 @@ def read_checkpoint(path, check=True):
         )
     try:
         zipped = zipfile.is_zipfile(path)
-        if check and zipped and (damaged := zipfile.ZipFile(path).testzip()):
+        if zipped and (damaged := zipfile.ZipFile(path).testzip()):
             raise ValueError(f"its {damaged} is damaged")
         return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=zipped))
     except Exception as error:  # damage may hit anything: zip, pickle, key, end of file
@@ -617,7 +603,7 @@ def read_checkpoint(path, check=True):
         raise DamagedError(f"{path}: not a readable checkpoint: {reason}") from None
 
 
-def to_official_names(state, model):
+def to_official_names(state, model, own):
     """Convert a state dict in any common layout to a model's names and sizes.
 
     Handles prefixes of DDP and torch.compile; fused qkv (PySlowFast, image MAE, timm); a 2D patch
@@ -626,7 +612,6 @@ def to_official_names(state, model):
     Positions are resized.
     """
     out = {}
-    own = model.state_dict()
     of_images = any(value.ndim == 4 for value in state.values())
     for key, value in state.items():
         key = re.sub(r"_orig_mod\.|module\.|projection\.", "", key).replace("fc_norm", "norm")
@@ -644,31 +629,29 @@ def to_official_names(state, model):
             out[key + "_temporal"] = table.mean(2) - table.mean((1, 2))[:, None]
         else:
             out[key] = value
-    for key in own.keys() & out.keys():
-        value = out[key]
+    for key, value in out.items():
         if key.endswith("pos_embed_spatial"):
             out[key] = resize_space(value, model.grid[1:])
         elif key.endswith("pos_embed_temporal"):
             out[key] = resize_time(value, model.grid[0])
-        elif ".rel_pos_" in key:
+        elif ".rel_pos_" in key and key in own:
             out[key] = resize_time(value[None], len(own[key]))[0]
     return out
 
 
 def check_weights(path, state):
-    """Raise InputError if a tensor of a state dict is not dense, of finite floats."""
+    """Raise InputError if a tensor of a state dict is not of finite floats."""
     for key, value in state.items():
-        dense = value.layout == torch.strided and not value.is_meta
-        if not (dense and value.is_floating_point() and value.float().isfinite().all()):
-            raise InputError(f"{path}: {key} is not a dense tensor of finite floats")
+        if not (value.is_floating_point() and value.isfinite().all()):
+            raise InputError(f"{path}: {key} is not a tensor of finite floats")
 
 
-def load_pretrained(model, path):
+def load_pretrained(model, path, complete=False):
     """Load weights in any layout that to_official_names handles, and print what was loaded.
 
     Tensors outside the plain encoder (decoder, head, relative positions) may be missing or have
-    another shape: the model keeps its own, and their names are returned. Raises InputError if
-    others do not fit, or are not finite.
+    another shape, unless complete: the model keeps its own, and their names are returned. Raises
+    InputError if others do not fit, or are not finite.
     """
     state = read_checkpoint(path)
     for key in ("model", "model_state", "state_dict"):
@@ -676,14 +659,15 @@ def load_pretrained(model, path):
     state = {k: v for k, v in state.items() if isinstance(k, str) and torch.is_tensor(v)}
     own = model.state_dict()
     try:
-        state = to_official_names(state, model)
-    except (RuntimeError, IndexError) as error:
-        raise InputError(f"{path}: does not fit this model: {error}") from None
-    loaded = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
-    check_weights(path, loaded)
-    new = model.load_state_dict(loaded, strict=False).missing_keys
+        state = to_official_names(state, model, own)
+        loaded = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+        check_weights(path, loaded)
+        new = model.load_state_dict(loaded, strict=False).missing_keys
+    except (RuntimeError, IndexError) as error:  # kinds of tensors that are never stored, too
+        reason = str(error).splitlines()[0][:99]
+        raise InputError(f"{path}: does not fit this model: {reason}") from None
     for key in new:
-        if not re.search("head|decoder|mask_token|rel_pos", key):
+        if complete or not re.search("head|decoder|mask_token|rel_pos", key):
             found = list(state[key].shape) if key in state else "missing"
             raise InputError(
                 f"{path}: does not fit this model: {key} is {found}, not {list(own[key].shape)}; "
@@ -698,30 +682,27 @@ def load_pretrained(model, path):
 
 
 def parameter_groups(model, weight_decay, layer_decay=1.0, decay_positions=False):
-    """Group parameters by their settings, with names and lr_scale, for an optimizer (appendix A).
+    """Group named parameters by their settings, with lr_scale, for an optimizer (appendix A).
 
     No weight decay on biases and norms, and on tokens and positions only if asked for. Layer-wise
-    decay: layer 0 is patch embedding, class token and positions, block i is layer i + 1, and layer
-    l gets layer_decay ** (depth + 1 - l) of the rate; norm, head and decoder get all of it.
+    decay: norm, head and decoder get all of the rate, the last block layer_decay of it, and so on
+    down to patch embedding, class token and positions, below the first block.
     """
     depth = len(model.blocks)
     groups = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        layer = depth + 1
+        down = 0  # layers below norm, head and decoder
         if name.startswith(("patch_embed", "cls_token", "pos_embed")):
-            layer = 0
+            down = depth + 1
         elif name.startswith("blocks."):
-            layer = int(name.split(".")[1]) + 1
-        is_position = re.search("token|pos_embed|rel_pos", name)
-        decays = parameter.ndim > 1 and (decay_positions or not is_position)
-        scale = layer_decay ** (depth + 1 - layer)
-        decay = weight_decay if decays else 0.0
-        empty = dict(params=[], names=[], lr_scale=scale, weight_decay=decay)
-        group = groups.setdefault((scale, decay), empty)
-        group["params"].append(parameter)
-        group["names"].append(name)
+            down = depth - int(name.split(".")[1])
+        scale = layer_decay**down
+        decays = decay_positions or not re.search("token|pos_embed|rel_pos", name)
+        decay = weight_decay if decays and parameter.ndim > 1 else 0.0
+        group = dict(params=[], lr_scale=scale, weight_decay=decay)
+        groups.setdefault((scale, decay), group)["params"].append((name, parameter))
     return list(groups.values())
 
 
@@ -894,7 +875,7 @@ def parse_with_recipe(parser, stage, dataset, recipe_of, argv=None):
     modes = [mode for mode in ("eval", "predict", "visualize") if vars(given).get(mode)]
     if modes and not given.init:
         raise InputError(f"--{modes[0]} needs --init CHECKPOINT, from {stage}")
-    saved = modes and read_checkpoint(given.init, check=False).get("args")
+    saved = modes and read_checkpoint(given.init).get("args")
     if saved and "stage" in saved:  # it is of this project
         if saved["stage"] != stage:
             raise InputError(f"{given.init}: a checkpoint of {saved['stage']}, not of {stage}")
@@ -954,12 +935,6 @@ def choose_device(args):
         args.compile = args.device == "cuda"
 
 
-def cores():
-    """How many of this machine's cores a training process and its workers may take."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, count // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
 def keep_freed_memory():
     """Have glibc reuse freed memory: the kernel would zero it for each new tensor."""
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):
@@ -1007,25 +982,11 @@ def gather(value):
 
 
 def on_rank0(function, *args):
-    """Call a function on process 0 alone; all return its result, or raise its error."""
-    result = None
-    if rank() == 0:
-        try:
-            result = function(*args)
-        except Exception as error:
-            result = error
+    """Call a function on process 0 alone; all return its result. Its error ends them all."""
+    results = [function(*args) if rank() == 0 else None]
     if dist.is_initialized():
-        results = [result]
         dist.broadcast_object_list(results)
-        result = results[0]
-    if isinstance(result, Exception):
-        raise result
-    return result
-
-
-def count(n, unit):
-    """A number of things, in words: count(1, "videos") is "1 video"."""
-    return f"{n} {unit[:-1] if n == 1 else unit}"
+    return results[0]
 
 
 @dataclasses.dataclass
@@ -1052,10 +1013,9 @@ def make_plan(args, num_videos, repeat_aug):
     share, rest = divmod(args.batch_size, world)
     if rest or args.batch_size > num_videos:
         fits = max(1, min(args.batch_size, num_videos) // world) * world
-        shared = f"a multiple of the {world} processes and " if world > 1 else ""
         raise InputError(
-            f"--batch_size {args.batch_size} must be {shared}at most the {num_videos} in the list; "
-            f"{fits} would do"
+            f"--batch_size {args.batch_size}: must be at most {num_videos}, as many as there are, "
+            f"and a multiple of {world}, the number of processes; {fits} would do"
         )
     micro_batch = args.micro_batch or share
     while share % micro_batch:
@@ -1095,12 +1055,10 @@ def print_plan(args, plan, model, videos, flops):
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     where = f"{args.precision} on {world_size()} x {args.device.split(':')[0]}"
     print(f"{args.model}: {millions:.1f} M parameters, {where}")
-    number = count(plan.videos, videos.unit)
-    print(f"{videos.source}: {number}, {args.epochs:g} effective epochs")
+    print(f"{videos.source}: {videos.unit} {plan.videos}, effective epochs {args.epochs:g}")
     print(
-        f"{count(plan.steps, 'steps')} of {count(args.batch_size, videos.unit)}, "
-        f"{count(plan.clips, 'clips')}, {count(plan.micro_batch, videos.unit)} at once; "
-        f"learning rate {args.lr:.3g}, warm-up {args.warmup_epochs:g}"
+        f"steps {plan.steps}, of {videos.unit} {args.batch_size}, clips {plan.clips}; at once "
+        f"{plan.micro_batch}; learning rate {args.lr:.3g}, warm-up {args.warmup_epochs:g}"
     )
     if plan.steps < 200:
         print("warning: so few steps teach little; try more --epochs or a smaller --batch_size")
@@ -1184,7 +1142,7 @@ def resume(args, may_differ, model, optimizer, videos):
         if args.init and "head.weight" in load_pretrained(model, args.init):
             nn.init.trunc_normal_(model.head.weight, std=2e-5)  # a new one; as in mae_st
         return 0, None
-    run = read_checkpoint(path, check=False)
+    run = read_checkpoint(path)
     then = run.get("args", {})
     now = vars(args)
     differ = [
@@ -1204,16 +1162,9 @@ def resume(args, may_differ, model, optimizer, videos):
     optimizer.load_state_dict(run["optimizer"])
     print_rank0(f"{path}: resuming after step {run['step']}")
     if run["videos"] != len(videos):
-        then = count(run["videos"], videos.unit)
-        print_rank0(f"warning: the list has changed: it had {then}, now {len(videos)}")
+        now = len(videos)
+        print_rank0(f"warning: the list of {videos.unit} had {run['videos']}, now it has {now}")
     return run["step"], path
-
-
-def load_for_use(model, args):
-    """Load the weights in --init to test or predict with. Raises InputError if one is missing."""
-    if new := load_pretrained(model, args.init):
-        raise InputError(f"{args.init}: has no {new[0]}; give a checkpoint of {args.stage}")
-    return model
 
 
 def progress(*args, **settings):
@@ -1275,7 +1226,7 @@ class Run:
             with writing(log) as beside:
                 beside.write_text("".join(x for x, step in lines if int(step) <= self.done))
         if self.done == self.plan.steps:
-            print(f"{self.out}: this run is finished: all {count(self.done, 'steps')} are done")
+            print(f"{self.out}: this run is finished: step {self.done} was its last")
         write_json(self.out / "args.json", vars(self.args))
         self.keep_checkpoint()
 
@@ -1296,7 +1247,7 @@ class Run:
         self.asked = signal.Signals(number).name
         self.save_now = self.batches.stopping = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.write(2, f"{self.asked}: stopping soon; Ctrl-C again ends at once\n".encode())
+        os.write(2, b"stopping soon; Ctrl-C again ends at once\n")
 
     def every(self, epochs):
         """Whether a multiple of `epochs` effective epochs was completed since the last log."""
@@ -1424,8 +1375,7 @@ class Run:
         """Print how the run ended; returns whether it was asked to stop."""
         gather(None)  # a barrier: nobody leaves before the last checkpoint is written
         if self.failed:
-            failed = count(len(self.failed), self.videos.unit)
-            print_rank0(f"{failed} could not be read: see failures.log")
+            print_rank0(f"unreadable {self.videos.unit}: {len(self.failed)}, see failures.log")
         if self.stopping:
             print_rank0(
                 f"asked to stop ({self.stopping}): saved after step {self.done} of "
@@ -1439,7 +1389,7 @@ def check_failures(args, number, videos):
     limit = max(4, len(videos) // 100) if args.max_failures is None else args.max_failures
     if number > min(limit, len(videos) - 1):
         raise InputError(
-            f"{number} of {count(len(videos), videos.unit)} cannot be read; --max_failures allows "
+            f"{number} of {len(videos)} {videos.unit} cannot be read; --max_failures allows "
             f"{limit}; see {args.output_dir}/failures.log"
         )
 
