@@ -86,7 +86,7 @@ def parse_args(argv=None):
     )
     add("--segments", action=switch, default=False, help="sample frames by segments, as on SSv2")
     add("--norm_pix_loss", action=switch, default=True, help="normalise target patches")
-    add("--pred_t_dim", type=int, help="frames to predict; None: one per tubelet")
+    add("--pred_t_dim", type=positive_int, help="frames to predict; None: one per tubelet")
     add("--decoder_embed_dim", type=int, default=512, help="Table 12b: 128, 256 or 512")
     add("--decoder_depth", type=int, default=4, help="Table 12c: 1, 2, 4 or 8 blocks")
     add("--decoder_num_heads", type=int, help="None: 64 wide each")

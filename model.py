@@ -22,7 +22,6 @@ import dataclasses
 import errno
 import fcntl
 import functools
-import itertools
 import json
 import math
 import os
@@ -140,7 +139,7 @@ def num_visible(grid, mask_ratio, groups=None):
     N = math.prod(grid)
     group = N // (groups or N)  # tokens in one
     visible = group * int(N // group * (1 - mask_ratio))
-    if not 0 < visible <= N:
+    if not visible:
         raise InputError(
             f"a mask ratio of {mask_ratio} leaves {visible} of {N} tokens visible, {group} at a "
             f"time; use a ratio from 0 to {1 - group / N:.4g}"
@@ -288,8 +287,7 @@ class VideoViT(nn.Module):
         t, h, w = self.grid = num_frames // t_patch_size, side, side
         if min(self.grid) == 0:
             raise InputError(
-                f"clips of {num_frames} x {img_size} x {img_size} are smaller than a tubelet of "
-                f"{t_patch_size} x {patch_size} x {patch_size}"
+                f"clips of {num_frames} frames and {img_size} pixels are smaller than a tubelet"
             )
         proj = TubeletEmbed(3, embed_dim, (t_patch_size, patch_size, patch_size))
         self.patch_embed = nn.Sequential(OrderedDict(proj=proj))  # named as in checkpoints
@@ -403,7 +401,8 @@ class MAE(VideoViT):
         t, h, w = self.grid
         frames = t * self.t_patch_size
         dim = decoder_embed_dim
-        if pred_t_dim not in (None, t, frames):
+        pred_t_dim = pred_t_dim or t
+        if pred_t_dim not in (t, frames):
             raise InputError(
                 f"pred_t_dim {pred_t_dim}: {t} predicts a slice of each tubelet, {frames} all of it"
             )
@@ -420,8 +419,7 @@ class MAE(VideoViT):
         blocks = (Block(dim, decoder_num_heads) for _ in range(decoder_depth))
         self.decoder_blocks = nn.ModuleList(blocks)
         self.decoder_norm = LayerNorm(dim)
-        pred_frames = (pred_t_dim or t) // t  # frames predicted of each tubelet
-        self.decoder_pred = nn.Linear(dim, pred_frames * self.patch_size**2 * 3)
+        self.decoder_pred = nn.Linear(dim, pred_t_dim // t * self.patch_size**2 * 3)
         self.init_weights()
 
     def forward_decoder(self, latent, visible, grid):
@@ -710,7 +708,7 @@ def make_optimizer(args, groups):
     """AdamW, or SGD with Nesterov momentum 0.9, as in PySlowFast (the tables just say SGD)."""
     if args.optimizer == "sgd":
         return torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=True, fused=True)
-    return torch.optim.AdamW(groups, args.lr, betas=tuple(args.betas), fused=True)
+    return torch.optim.AdamW(groups, args.lr, betas=args.betas, fused=True)
 
 
 def cosine_decay(epoch, lr, warmup_epochs, epochs):
@@ -886,8 +884,10 @@ def parse_with_recipe(parser, stage, dataset, recipe_of, argv=None):
         named_by = Path(given.data).resolve().stem if given.data else dataset
         given.dataset = given.dataset or named_by
         given.model = given.model or ("vit_demo" if given.dataset == "demo" else "vit_l")
-        defaults = column(recipe_of(given), given.model)
-        defaults |= dict(dataset=given.dataset, model=given.model)
+        defaults = recipe_of(given) | dict(dataset=given.dataset, model=given.model)
+        for name, value in defaults.items():
+            if isinstance(value, dict):  # by model; if not: ViT-L's, but for the learning rate
+                defaults[name] = value.get(given.model, None if name == "lr" else value["vit_l"])
         if given.batch_size and defaults["lr"]:
             defaults["lr"] *= given.batch_size / defaults["batch_size"]
         if given.epochs:
@@ -907,15 +907,6 @@ def parse_with_recipe(parser, stage, dataset, recipe_of, argv=None):
             args.output_dir = str((folder if folder.is_dir() else folder.parent) / modes[0])
     choose_device(args)
     return args
-
-
-def column(recipe, model):
-    """One model's column of a recipe: fall back to ViT-L's, except for the learning rate."""
-    return recipe | {
-        name: value.get(model, None if name == "lr" else value["vit_l"])
-        for name, value in recipe.items()
-        if isinstance(value, dict)
-    }
 
 
 def choose_device(args):
@@ -938,9 +929,8 @@ def choose_device(args):
 def keep_freed_memory():
     """Have glibc reuse freed memory: the kernel would zero it for each new tensor."""
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-        libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # bytes: the most that any glibc allows
-        libc.mallopt(M_TRIM_THRESHOLD, 2**30)
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: the most bytes that any glibc allows
+        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
 
 
 def start_process(args):
@@ -1012,7 +1002,7 @@ def make_plan(args, num_videos, repeat_aug):
     world = world_size()
     share, rest = divmod(args.batch_size, world)
     if rest or args.batch_size > num_videos:
-        fits = max(1, min(args.batch_size, num_videos) // world) * world
+        fits = max(world, min(args.batch_size, num_videos) // world * world)
         raise InputError(
             f"--batch_size {args.batch_size}: must be at most {num_videos}, as many as there are, "
             f"and a multiple of {world}, the number of processes; {fits} would do"
@@ -1053,8 +1043,8 @@ def print_plan(args, plan, model, videos, flops):
     if rank() > 0:
         return
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    where = f"{args.precision} on {world_size()} x {args.device.split(':')[0]}"
-    print(f"{args.model}: {millions:.1f} M parameters, {where}")
+    where = f"{world_size()} x {args.device}"
+    print(f"{args.model}: {millions:.1f} M parameters, {args.precision} on {where}")
     print(f"{videos.source}: {videos.unit} {plan.videos}, effective epochs {args.epochs:g}")
     print(
         f"steps {plan.steps}, of {videos.unit} {args.batch_size}, clips {plan.clips}; at once "
@@ -1101,7 +1091,7 @@ def append(path, line):
     """Append a line to a file. Raises InputError, naming it, if it cannot be written."""
     try:
         with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(line + "\n")
+            file.write(f"{line}\n")
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error}") from None
 
@@ -1111,7 +1101,7 @@ def find_checkpoint(folder):
 
     Only a file that is proven to be damaged is passed over, with a warning. Changes nothing.
     """
-    paths = [path for name in CHECKPOINTS if (path := Path(folder) / name).exists()]
+    paths = [*filter(Path.exists, (Path(folder, name) for name in CHECKPOINTS))]
     for path in paths:
         try:
             read_checkpoint(path)
@@ -1120,7 +1110,6 @@ def find_checkpoint(folder):
             print(f"warning: {error}")
     if paths:
         raise InputError(f"{folder}: none of its checkpoints can be read; --no-resume starts over")
-    return None
 
 
 def was_restarted():
@@ -1162,15 +1151,14 @@ def resume(args, may_differ, model, optimizer, videos):
     optimizer.load_state_dict(run["optimizer"])
     print_rank0(f"{path}: resuming after step {run['step']}")
     if run["videos"] != len(videos):
-        now = len(videos)
-        print_rank0(f"warning: the list of {videos.unit} had {run['videos']}, now it has {now}")
+        print_rank0(f"warning: {run['videos']} {videos.unit} were listed, now {len(videos)}")
     return run["step"], path
 
 
 def progress(*args, **settings):
     """tqdm's progress bar; redrawn only every 30 s if stderr is a file, to keep that short."""
-    seconds = 0.2 if sys.stderr.isatty() else 30
-    return tqdm(*args, ncols=79, mininterval=seconds, disable=rank() > 0, **settings)
+    settings["mininterval"] = 0.2 if sys.stderr.isatty() else 30
+    return tqdm(*args, ncols=79, disable=rank() > 0, **settings)
 
 
 @dataclasses.dataclass
@@ -1231,14 +1219,14 @@ class Run:
         self.keep_checkpoint()
 
     def __enter__(self):
-        signals = signal.SIGTERM, signal.SIGINT
-        self.handlers = {n: signal.signal(n, self.request_stop) for n in signals}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.request_stop)
         self.bar = progress(total=self.plan.steps, initial=self.done)
         return self
 
     def __exit__(self, *_):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         self.bar.close()
         self.batches.close()
 
@@ -1280,7 +1268,8 @@ class Run:
         reports = gather((pending, batches.waited, batches.failures, self.asked))
         values, waited, failures, asked = zip(*reports)
         values = torch.tensor(values, dtype=torch.float64)  # (processes, steps, loss and norm)
-        self.note_failures(itertools.chain(*failures))
+        for part in failures:
+            self.note_failures(part)
         self.check_finite(values)
         seconds = time.perf_counter() - self.logged_at
         speed = len(pending) * self.plan.clips / seconds  # clips/s
@@ -1292,7 +1281,7 @@ class Run:
             **settings,
             grad_norm=pending[-1][1],
             clips_per_s=speed,
-            data_wait=sum(waited) / len(waited) / seconds,
+            data_wait=max(waited) / seconds,  # all wait for the slowest
             tflops=self.flops and self.flops * speed / 1e12,
         )
         self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} clips/s", refresh=False)
@@ -1350,11 +1339,11 @@ class Run:
     def save(self, model, optimizer, **more):
         """Write a checkpoint with all a resumed run needs; a kill at any time leaves one intact."""
         path, previous = (self.out / name for name in CHECKPOINTS)
-        content = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=self.done)
-        content |= dict(args=vars(self.args), videos=len(self.videos), **more)
+        more |= dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=self.done)
+        more |= dict(args=vars(self.args), videos=len(self.videos))
         with writing(path) as beside:
             with open(beside, "wb") as file:
-                torch.save(content, file)
+                torch.save(more, file)
                 file.flush()
                 os.fsync(file.fileno())
             if self.latest == path:  # a damaged file does not become the previous one
@@ -1412,9 +1401,9 @@ def run_main(main):
             message += "; another process has ended or does not answer: see its message"
         elif "DataLoader worker" not in message:
             raise
-    if message and "DataLoader worker" in message:
-        message += "; if it ran out of memory or shared memory, use fewer --num_workers"
     if message:  # raised here, not above: a traceback would keep the data workers alive
+        if "DataLoader worker" in message:
+            message += "; if it ran out of memory or shared memory, use fewer --num_workers"
         sys.exit(f"{Path(sys.argv[0]).name}: {message}")
     if dist.is_initialized():
         time.sleep(0.1)  # lets gloo free its last tensors: in torch 2.6 it cannot once this begins

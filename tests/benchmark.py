@@ -222,11 +222,11 @@ def one_row(path, task, repeats, model, img_size=None):
     return repeats / spent["all"]
 
 
-RECIPES = [  # task, mask ratio, sizes, recipe, data set, its videos or keyframes to train on
-    ("pre-train", 0.9, ("vit_b", "vit_l", "vit_h"), mae_pretrain.KINETICS, "Kinetics-400", 240_000),
-    ("fine-tune", 0, ("vit_b", "vit_l", "vit_h"), finetune_cls.KINETICS, "Kinetics-400", 240_000),
-    ("fine-tune", 0, ("vit_l", "vit_h"), finetune_cls.SSV2, "SSv2", 169_000),
-    ("fine-tune", 0, ("vit_l", "vit_h"), finetune_ava.AVA, "AVA", 184_000),
+RECIPES = [  # task, mask ratio, sizes, stage, data set, its videos or keyframes to train on
+    ("pre-train", 0.9, ("vit_b", "vit_l", "vit_h"), mae_pretrain, "kinetics400", 240_000),
+    ("fine-tune", 0, ("vit_b", "vit_l", "vit_h"), finetune_cls, "kinetics400", 240_000),
+    ("fine-tune", 0, ("vit_l", "vit_h"), finetune_cls, "ssv2", 169_000),
+    ("fine-tune", 0, ("vit_l", "vit_h"), finetune_ava, "ava", 184_000),
 ]
 
 
@@ -247,9 +247,10 @@ def benchmark_plan(args):
                 loading[name, task, repeats] = one_row(path, task, repeats, "vit_b")
     print(f"\n{args.gpus} GPUs at this rate; cores of this machine that load for one GPU:")
     print(f"{'recipe':32}  epochs  M clips  GFLOP/clip     hours  GOP 250  prepared")
-    for task, ratio, sizes, recipe, name, count in RECIPES:
+    for task, ratio, sizes, stage, name, count in RECIPES:
         for size in sizes:
-            row, flops = m.column(recipe, size), build(task, size, ratio)[2]
+            row = vars(stage.parse_args(["--dataset", name, "--model", size]))
+            flops = build(task, size, ratio)[2]
             clips, speed = count * row["epochs"], reached[task] / flops  # clips/s
             text, hours = f"{task} {size} on {name}", clips / speed / args.gpus / 3600
             print(f"{text:32}{row['epochs']:8}{clips / 1e6:9.1f}{flops / 1e9:12.0f}", end="")

@@ -394,7 +394,7 @@ def test_other_arguments_neither_overwrite_nor_continue_a_run(other_run, videos,
     free += f" --grad_checkpointing --data {videos}/val --dataset {videos.name}"
     assert run_stage("mae_pretrain", line, free) == ""
     assert "resuming after step 11" in (out := capsys.readouterr().out)
-    assert "warning: the list of videos had 8, now it has 5" in out
+    assert "warning: 8 videos were listed, now 5" in out
     checkpoint = checkpoint_of(other_run)
     checkpoint["model"]["cls_token"][0, 0, 0] = float("nan")
     torch.save(checkpoint, other_run / "checkpoint.pt")
