@@ -38,6 +38,7 @@ import numpy as np
 import torch
 from av.video.frame import PictureType
 from torch.utils.data import DataLoader, Dataset
+from torchvision.io import encode_png
 from torchvision.transforms import RandomResizedCrop
 
 from model import InputError, append, check_failures, gather, progress, rank, world_size
@@ -364,7 +365,7 @@ class Video:
         self.reorders = name == "avi" and self.codec.has_b_frames  # its stamps are decoding times
         # A file may begin inside a group of pictures: look for the first frame that comes out.
         if name in STREAMS or [*stamps][:1] != sorted(stamps)[:1]:
-            stamps, _ = self.decode_all(np.array([-1e15]), math.inf)  # nearest to long ago
+            stamps, _ = self.decode_all(np.array([-1e15]))  # nearest to long ago
         if not stamps:
             raise VideoError("has no time stamps; to add some: ffmpeg -i a.h264 -c copy a.mp4")
         self.start = min(stamps)
@@ -438,8 +439,8 @@ class Video:
 
     @video_errors("cannot be decoded")
     def frames(self, times):
-        """The frames nearest to the given times: seconds (any order, repeats allowed) -> list of
-        as many av.VideoFrame.
+        """The frames nearest to the given times: seconds (any shape and order, repeats allowed) ->
+        av.VideoFrame in lists of that shape.
 
         Beyond the last frame, the last frame. If up to half of the wanted frames are damaged, the
         nearest intact ones stand in; raises VideoError if more are.
@@ -455,14 +456,15 @@ class Video:
                 Video.careful += 1
                 if Video.careful == 100:
                     print("decoding took a careful pass 100 times: loading is slow for such files")
+                self.open()  # a new decoder, in which nothing of the fast pass is left
                 part, damaged = self.decode_all(group, 10 if self.can_seek else math.inf)
             if damaged:
-                found, damaged = self.decode_all(ordered, math.inf)
+                found, damaged = self.decode_all(ordered)
                 break
             found |= part
         if damaged > len(ordered) / 2:
             raise VideoError(f"{damaged} of {len(ordered)} wanted frames cannot be decoded")
-        return [found[stamp] for stamp in nearest(found, times)]
+        return np.frompyfunc(found.get, 1, 1)(nearest(found, times)).tolist()
 
     def decode_chosen(self, times):
         """The fast pass: {time stamp: frame} of the frames nearest to times, from few packets.
@@ -506,12 +508,10 @@ class Video:
                 begins = True
         return found if len(found) == len(wanted) else None
 
-    def decode_all(self, times, lead):
+    def decode_all(self, times, lead=math.inf):
         """The careful pass, from `lead` seconds before: {time stamp: frame} of the frames that came
         out nearest to times, and how many of these are damaged.
         """
-        if lead < math.inf:  # else packets opens it
-            self.open()  # a new decoder, in which nothing of an earlier pass is left
         found = {}  # the intact frames nearest to times, so far
         damaged = [1e99]  # stamps of what is damaged; the first is far from all times
         intra = lead == math.inf or None  # whether it began with an intra picture; None: not known
@@ -609,12 +609,6 @@ def sample_times(duration, args, place):
     return clip_times(duration, args.num_frames, args.sampling_rate, place)
 
 
-def read_clips(video, times):
-    """The frames of several clips of a video; times: seconds, a list for each clip."""
-    frames = iter(video.frames(np.concatenate(times)))
-    return [[next(frames) for _ in clip] for clip in times]
-
-
 @dataclasses.dataclass
 class VideoDataset(Dataset):
     """Samples made from a list of videos, or of keyframes."""
@@ -667,16 +661,11 @@ class ClipDataset(TrainDataset):
 
     augment: object = None  # what else is done to a clip: uint8 (T, 3, H, W) -> the same
 
-    def __post_init__(self):
-        low, high = self.args.crop_scale
-        if low > high:
-            raise InputError(f"--crop_scale {low:g} {high:g}: the smaller number comes first")
-
     def load(self, index, pass_number):
         repeats = range(self.args.repeat_aug)
         seeds = [stateless_seed(self.args.seed, pass_number, index, repeat) for repeat in repeats]
         with Video(self.videos.path(index)) as video:
-            frames = read_clips(video, [self.times(video.duration, seed) for seed in seeds])
+            frames = video.frames([self.times(video.duration, seed) for seed in seeds])
         clips = []
         for seed, clip in zip(seeds, frames):
             with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
@@ -697,8 +686,8 @@ class ClipDataset(TrainDataset):
     def crop(self, frames):
         """T av.VideoFrame -> uint8 (T, H, W, 3); draws are the same for all frames of the clip."""
         whole = torch.empty(3, *upright_size(frames[0]), device="meta")
-        ratio = (3 / 4, 4 / 3)
-        box = RandomResizedCrop.get_params(whole, self.args.crop_scale, ratio)
+        scale = sorted(self.args.crop_scale)
+        box = RandomResizedCrop.get_params(whole, scale, (3 / 4, 4 / 3))
         flip = self.args.hflip and torch.rand(()).item() < 0.5
         clip = to_clip(frames, (self.args.img_size,) * 2, box, flip)
         if self.augment:
@@ -719,7 +708,7 @@ class MultiViewDataset(TestDataset):
         size = (self.args.img_size,) * 2
         views = []
         with Video(self.videos.path(index)) as video:
-            clips = read_clips(video, self.times(video.duration))
+            clips = video.frames(self.times(video.duration))
         for clip in clips:
             views += [to_clip(clip, size, box) for box in self.boxes(*upright_size(clip[0]))]
         return {"video": torch.stack(views)}
@@ -849,7 +838,7 @@ def load_samples(dataset, keys, together=None, stopping=lambda: False):
     try:
         while True:
             try:
-                sample = next(samples)
+                yield next(samples)
             except StopIteration:
                 return
             except VideoError as error:
@@ -863,8 +852,6 @@ def load_samples(dataset, keys, together=None, stopping=lambda: False):
                         "asked to stop while no worker sent data, so nothing was saved now; "
                         "the same command resumes from the last checkpoint"
                     ) from None
-            else:
-                yield sample
     finally:  # they ignore SIGTERM, and one that hangs would keep this process alive
         handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's reports each death
         for worker in workers:
@@ -967,14 +954,14 @@ def draw_scene(seed, things, radius, size):
     in pixels. size: (width, height). Returns the video, uint8 (T, H, W, 3), and the boxes (T, 4) of
     each thing, as shares of the frame.
     """
-    rng = np.random.RandomState(seed)
+    rng = np.random.RandomState(seed % 2**32)
     width, height = size
     colors = np.zeros((1 + len(things), 3))
     while (abs(colors[1:] - colors[0]).sum(1) < 300).any():  # things must stand out
         colors = rng.uniform(0, 255, colors.shape)
     t = np.arange(DEMO_FRAMES)[:, None, None] / DEMO_FRAMES - 0.5
     y, x = np.mgrid[:height, :width]
-    video = np.broadcast_to(colors[0], (DEMO_FRAMES, *y.shape, 3))
+    video = colors[0]
     drawn = []
     for (shape, motion, place), color in zip(things, colors[1:]):
         right, down, growth = DEMO_MOTIONS[motion]
@@ -986,7 +973,7 @@ def draw_scene(seed, things, radius, size):
         inside = (0.5 - distance).clip(0, 1)[..., None]  # with a soft edge
         video = video + inside * (color - video)
         box = center_x - scale, center_y - scale, center_x + scale, center_y + scale
-        drawn.append(np.stack(box, 3)[:, 0, 0] / (size * 2))
+        drawn.append(np.hstack(box)[..., 0] / (size * 2))
     return video.astype(np.uint8), drawn
 
 
@@ -1031,7 +1018,7 @@ def make_demo_videos(folder, split, count, labelled):
     for i in range(count):
         shape = [*DEMO_SHAPES][i % 8]
         motion = [*DEMO_MOTIONS][(i // 2 + i // 8) % 4]
-        seed = stateless_seed(i, split == "val", labelled) % 2**32
+        seed = stateless_seed(i, split == "val", labelled)
         scene = dict(seed=seed, things=[(shape, motion, 0.5)], radius=(15, 17), size=(56, 48))
         label = shape if labelled else ""
         tasks.append((folder / split / label / f"{i:05d}.mp4", scene))
@@ -1046,7 +1033,7 @@ def make_demo_ava(folder, split, count):
     tasks = []
     for i in range(count):
         things = [(rng.choice(shapes), rng.choice(motions), place) for place in (0.25, 0.75)]
-        seed = stateless_seed(i, split == "val", 2) % 2**32
+        seed = stateless_seed(i, split == "val", 2)
         scene = dict(seed=seed, things=things, radius=(14, 16), size=(96, 64))
         tasks.append((folder / "videos" / f"{split}{i:04d}.mp4", scene))
     truth, detected = [], []
@@ -1070,6 +1057,12 @@ def write_csv(path, rows):
         csv.writer(file).writerows(rows)
 
 
+def write_png(path, picture):
+    """Write a picture, uint8 (3, H, W)."""
+    with writing(path) as beside:  # torchvision's write_png would not notice a full disk
+        beside.write_bytes(encode_png(picture).numpy().tobytes())
+
+
 def write_video(path, frames, fps, crf=18):
     """Write frames, uint8 (T, H, W, 3), as H.264, without the last row or column if odd: it
     needs even sizes.
@@ -1080,13 +1073,10 @@ def write_video(path, frames, fps, crf=18):
     with av.open(file, "w", format="mp4") as container:
         # ultrafast looks ahead at nothing: with lookahead, the same frames gave different files
         options = {"crf": str(crf), "preset": "ultrafast"}
-        stream = container.add_stream("libx264", rate=fps, options=options)
-        stream.height = height
-        stream.width = width
-        stream.pix_fmt = "yuv420p"
-        stream.codec_context.thread_count = 1
+        size = dict(height=height, width=width)
+        stream = container.add_stream("libx264", fps, options, thread_count=1, **size)
         for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
         container.mux(stream.encode())
     with writing(path) as beside:
         beside.write_bytes(file.getvalue())

@@ -13,7 +13,6 @@ detections only. ViT-L, pre-trained and fine-tuned on Kinetics-400, with relativ
 reaches 35.9 mAP on center crops and 36.8 on full frames (Table 8).
 """
 
-import argparse
 import contextlib
 import dataclasses
 import glob
@@ -27,18 +26,17 @@ import model  # noqa: F401, before torch: it sets how torch's threads wait
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torchvision.io import encode_png
 from torchvision.ops import box_iou
 from torchvision.utils import draw_bounding_boxes
 
 from data import DEMO_START, FPS, Batches, TestDataset, TrainDataset, Video, VideoError, files_below
 from data import make_demo, read_entries, report_failures, run_test, stateless_seed, to_clip
-from data import upright_size, write_csv
+from data import upright_size, write_csv, write_png
 from model import RUN_FLAGS, SIZES, STOPPED, Detector, InputError, Run, autocast, bounded
 from model import cosine_decay, count_flops, distribute, fraction, load_pretrained, make_optimizer
 from model import make_parser, make_plan, on_rank0, parameter_groups, parse_with_recipe
 from model import positive_int, print_plan, print_rank0, rank, rate, read_checkpoint, resume
-from model import run_main, start_from_sines, start_process, world_size, write_json, writing
+from model import run_main, start_from_sines, start_process, switch, world_size, write_json
 
 AVA = dict(  # Table 6a: AVA fine-tuning. Keys are flags, comments the table's words
     optimizer="sgd",  # optimizer: SGD
@@ -59,7 +57,7 @@ DEMO = AVA | dict(  # vit_demo, minutes on two CPU cores: too few steps for SGD
     weight_decay=0.05,
     lr=4e-3,
     warmup_epochs=2,
-    epochs=120,
+    epochs=60,
     batch_size=8,
     micro_batch=None,  # all of them
     drop_path=0.2,
@@ -81,7 +79,6 @@ def recipe_of(args):
 
 def parse_args(argv=None):
     parser = make_parser(__doc__, AVA_LAYOUT)
-    switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("fine-tuning").add_argument
     add("--drop_path", type=rate, help="stochastic depth rate of the last block")
     add("--dropout", type=rate, help="before the head")
@@ -506,15 +503,15 @@ def score(args, file):
     per_class = {}
     for action, name in actions.items():
         people = {key: rows[rows[:, 4] == action] for key, rows in truth.items()}
-        scores = [[]]  # of each keyframe; an empty one, if there are no detections
-        right = [[]]
+        scores = []
+        right = []
         for key, rows in detections.items():
             rows = rows[rows[:, 4] == action]
             rows = rows[np.argsort(rows[:, 5])[::-1]]  # ties as in the official evaluator
-            scores.append(rows[:, 5])
-            right.append(are_right(rows, people.get(key, ())))
+            scores.extend(rows[:, 5])
+            right.extend(are_right(rows, people.get(key, ())))
         positives = sum(map(len, people.values()))
-        ap = average_precision(np.concatenate(scores), np.concatenate(right), positives)
+        ap = average_precision(np.array(scores), np.array(right), positives)
         per_class[name] = ap
         print("no labels" if ap is None else f"{ap:7.2f} %", name, sep="  ")
     values = [ap for ap in per_class.values() if ap is not None]
@@ -614,8 +611,7 @@ def draw(keyframes, scores, actions, out):
         boxes = torch.from_numpy(boxes * (size[::-1] * 2))
         picture = draw_bounding_boxes(picture, boxes, labels, colors="yellow", width=2)
         path = out / "{}_{:g}.png".format(*keyframes.keys[index])
-        with writing(path) as beside:
-            beside.write_bytes(encode_png(picture).numpy().tobytes())
+        write_png(path, picture)
         print(f"{path}: drawn there")
 
 
@@ -646,7 +642,7 @@ def predict(detector, args, actions):
 
 def main():
     args = parse_args()
-    on_rank0(make_demo, args)
+    make_demo(args)
     if args.score:
         score(args, args.score)
         return None

@@ -11,7 +11,6 @@ softmax averaged. Epochs are effective and batches count videos, as in pre-train
 paper's ViT-L, pre-trained on Kinetics-400 for 800 epochs, this gives 84.4 % there (Table 11).
 """
 
-import argparse
 import dataclasses
 import math
 from pathlib import Path
@@ -29,7 +28,8 @@ from model import PIXEL_MEAN, RUN_FLAGS, SIZES, STOPPED, Classifier, InputError,
 from model import cosine_decay, count_flops, distribute, fraction, load_pretrained, make_optimizer
 from model import make_parser, make_plan, nonnegative, normalize, on_rank0, parameter_groups
 from model import parse_with_recipe, positive_int, print_plan, print_rank0, rank, rate
-from model import read_checkpoint, resume, run_main, start_from_sines, start_process, write_json
+from model import read_checkpoint, resume, run_main, start_from_sines, start_process, switch
+from model import write_json
 
 KINETICS = dict(  # Table 5b: Kinetics fine-tuning. Keys are flags, comments the table's words
     optimizer="adamw",  # optimizer: AdamW
@@ -121,7 +121,6 @@ def views(text):
 
 def parse_args(argv=None):
     parser = make_parser(__doc__, LAYOUTS)
-    switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("fine-tuning").add_argument
     add("--recipe", choices=RECIPES, help="None: by --dataset and --model")
     add("--num_classes", type=positive_int, help="None: the data set's")
@@ -251,15 +250,20 @@ def train(args):
 # ------------------------------------------------------------------------ augmentation and mixing
 
 
-def warp(clip, degrees=0.0, shear=(0, 0), shift=(0, 0)):
+def warp(clip, degrees=0.0, shear_x=0, shear_y=0, right=0, down=0):
     """Rotate about the middle, shear about the top left corner, shift by shares of the size."""
-    T, C, H, W = clip.shape
+    H, W = clip.shape[2:]
+    shift = [right * W, down * H]
+    shear = np.degrees(np.arctan([shear_x, shear_y])).tolist()
     center = [0, 0] if any(shear) else None
-    shear = np.degrees(np.arctan(shear)).tolist()
-    shift = [shift[0] * W, shift[1] * H]
-    flat = clip.reshape(T * C, H, W)  # as channels of one picture: one sampling grid for all
+    flat = clip.flatten(0, 1)  # as channels of one picture: one sampling grid for all
     bilinear = v2.InterpolationMode.BILINEAR
-    return TF.affine(flat, degrees, shift, 1.0, shear, bilinear, 128, center).view(T, C, H, W)
+    return TF.affine(flat, degrees, shift, 1.0, shear, bilinear, 128, center).view_as(clip)
+
+
+def enhance(adjust):
+    """The operation that changes a clip by a factor of 0.1 to 1.9."""
+    return lambda clip, s: adjust(clip, 1 + 0.9 * s)
 
 
 RAND_AUGMENT = {  # operations; s: a tenth of the magnitude, or of its negative, in -1..1
@@ -271,14 +275,14 @@ RAND_AUGMENT = {  # operations; s: a tenth of the magnitude, or of its negative,
     # 256.0, not 256, which would wrap around to 0 as uint8
     "Solarize": lambda clip, s: torch.where(clip >= 256.0 - int(256 * abs(s)), ~clip, clip),
     "SolarizeAdd": lambda clip, s: clip + int(110 * abs(s)) * (clip < 128).byte(),
-    "Color": lambda clip, s: TF.adjust_saturation(clip, 1 + 0.9 * s),
-    "Contrast": lambda clip, s: TF.adjust_contrast(clip, 1 + 0.9 * s),
-    "Brightness": lambda clip, s: TF.adjust_brightness(clip, 1 + 0.9 * s),
-    "Sharpness": lambda clip, s: TF.adjust_sharpness(clip, 1 + 0.9 * s),
-    "ShearX": lambda clip, s: warp(clip, shear=(0.3 * s, 0)),
-    "ShearY": lambda clip, s: warp(clip, shear=(0, 0.3 * s)),
-    "TranslateX": lambda clip, s: warp(clip, shift=(0.45 * s, 0)),
-    "TranslateY": lambda clip, s: warp(clip, shift=(0, 0.45 * s)),
+    "Color": enhance(TF.adjust_saturation),
+    "Contrast": enhance(TF.adjust_contrast),
+    "Brightness": enhance(TF.adjust_brightness),
+    "Sharpness": enhance(TF.adjust_sharpness),
+    "ShearX": lambda clip, s: warp(clip, shear_x=0.3 * s),
+    "ShearY": lambda clip, s: warp(clip, shear_y=0.3 * s),
+    "TranslateX": lambda clip, s: warp(clip, right=0.45 * s),
+    "TranslateY": lambda clip, s: warp(clip, down=0.45 * s),
 }
 
 

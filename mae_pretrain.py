@@ -10,23 +10,21 @@ the paper, 800 epochs of ViT-L on Kinetics-400 give 84.4 % after fine-tuning (Ta
 192 million clips of 476 GFLOP, forward and backward: 8 hours on 8 GPUs of 400 TFLOP/s each.
 """
 
-import argparse
 import math
 from fractions import Fraction
 from pathlib import Path
 
 import model  # noqa: F401, before torch: it sets how torch's threads wait
 import torch
-from torchvision.io import encode_png
 from torchvision.utils import make_grid
 
 from data import FPS, LAYOUTS, Batches, ClipDataset, MultiViewDataset, VideoList, find_videos
-from data import make_demo, model_order, stateless_seed, write_video
+from data import make_demo, model_order, stateless_seed, write_png, write_video
 from model import MAE, MASK_TYPES, PIXEL_MEAN, PIXEL_STD, RUN_FLAGS, SIZES, STOPPED, InputError, Run
 from model import autocast, cosine_decay, count_flops, distribute, fraction, load_pretrained
 from model import make_optimizer, make_parser, make_plan, normalize, on_rank0, parameter_groups
 from model import parse_with_recipe, positive_int, print_plan, rank, rate, resume, run_main
-from model import start_from_sines, start_process, writing
+from model import start_from_sines, start_process, switch
 
 KINETICS = dict(  # Table 5a: Kinetics pre-training. Keys are flags, comments the table's words
     optimizer="adamw",  # optimizer: AdamW
@@ -71,7 +69,6 @@ def recipe_of(args):
 
 def parse_args(argv=None):
     parser = make_parser(__doc__, LAYOUTS)
-    switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("pre-training").add_argument
     add("--mask_ratio", type=rate, default=0.9, help="share of tokens to hide")
     help = "Figure 4: agnostic = random, space-only = tube, time-only = frame, block-wise"
@@ -231,8 +228,7 @@ def visualize(mae, paths, out, args, device):
         T = pictures.shape[1]
         name = out / f"{i}_{Path(path).stem}"
         grid = make_grid(pictures.flatten(0, 1), nrow=T, pad_value=255)
-        with writing(f"{name}.png") as beside:
-            beside.write_bytes(encode_png(grid).numpy().tobytes())
+        write_png(f"{name}.png", grid)
         fps = Fraction(FPS * T, max(1, args.sampling_rate) * args.num_frames)
         write_video(f"{name}.mp4", torch.cat(list(pictures), 3).permute(0, 2, 3, 1), fps)
         rows = f"original, masked ({args.mask_ratio:.0%} {args.mask_type}), reconstruction"

@@ -720,6 +720,7 @@ def cosine_decay(epoch, lr, warmup_epochs, epochs):
 
 # ------------------------------------------------------------------------------ training helpers
 
+switch = argparse.BooleanOptionalAction
 STOPPED = 128 + signal.SIGTERM  # exit status of a run that was asked to stop
 CHECKPOINTS = "checkpoint.pt", "checkpoint_previous.pt"  # a run keeps two: one may be damaged
 RUN_FLAGS = {  # where and how fast to run: free to change on resume, not taken from a checkpoint
@@ -761,7 +762,6 @@ def make_parser(doc, layouts):
         add_help=False,
         allow_abbrev=False,
     )
-    switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("most used").add_argument
     add("--dataset", help="its name; demo: small videos, made on the spot")
     add("--data", help="folder or list of videos (layouts below); by default data/DATASET")

@@ -400,6 +400,8 @@ def test_loading_says_what_it_did_and_drops_the_head_of_another_class_count(tmp_
     torch.save({"model": old.state_dict() | {"decoder_norm.bias": torch.ones(2)}}, tmp_path / "a")
     assert load_pretrained(other, tmp_path / "a") == ["head.weight", "head.bias"]
     said = "40 tensors loaded; left out: decoder_norm, head; not in it: head\n"
+    with pytest.raises(m.InputError, match=r"head.weight is \[4, 32\], not \[7, 32\]"):
+        load_pretrained(other, tmp_path / "a", complete=True)  # as tests and predictions need it
     assert len(other.state_dict()) == 42 and capsys.readouterr().out == f"{tmp_path}/a: {said}"
     args = SimpleNamespace(init=tmp_path / "a", resume=False)
     for classifier in (other, same):

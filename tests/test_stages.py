@@ -535,7 +535,6 @@ BAD = {  # what is added to a good line, and what is said; words in capitals: se
         ("--img_size 4", r"clips of 16 frames and 4 pixels are smaller than a tubelet"),
         ("--decoder_embed_dim 30 --decoder_num_heads 4", r"30 is not divisible by 4 heads"),
         ("--init NAN", r"mae_pretrain.pt: cls_token is not a tensor of finite floats"),
-        ("--crop_scale 1 0.5", r"--crop_scale 1 0.5: the smaller number comes first"),
     ],
     "finetune_cls": [
         ("--num_classes 3", r"8 classes, not 3; if intended, use --num_classes 8"),
