@@ -244,7 +244,7 @@ def resize_time(table, length):
     """Resize positions along one axis, linear: (1, n, D) -> (1, length, D)."""
     if table.shape[1] == length:
         return table
-    return F.interpolate(table.float().mT, size=length, mode="linear").mT
+    return F.interpolate(table.float().mT, length, mode="linear").mT
 
 
 def position_table(space, time, grid):
@@ -465,7 +465,7 @@ class MAE(VideoViT):
         latent = self.norm(self.forward_encoder(tubelets, grid, visible))  # (B, 1 + V, D)
         pred = self.forward_decoder(latent, visible, grid)  # (B, N, pred_frames*p*p*3)
         loss = self.forward_loss(tubelets, pred, hidden)
-        mask = torch.ones(tubelets.shape[:2], device=video.device).scatter(1, visible, 0)
+        mask = torch.ones_like(pred[..., 0]).scatter(1, visible, 0)
         return loss, pred, mask
 
 
@@ -881,8 +881,8 @@ def parse_with_recipe(parser, stage, dataset, recipe_of, argv=None):
         if given.dataset or given.data:  # not the data it was trained on
             defaults |= dict(data=None, videos=None)
     else:
-        named_by = Path(given.data).resolve().stem if given.data else dataset
-        given.dataset = given.dataset or named_by
+        if not given.dataset:
+            given.dataset = Path(given.data).resolve().stem if given.data else dataset
         given.model = given.model or ("vit_demo" if given.dataset == "demo" else "vit_l")
         defaults = recipe_of(given) | dict(dataset=given.dataset, model=given.model)
         for name, value in defaults.items():
@@ -929,7 +929,8 @@ def choose_device(args):
 def keep_freed_memory():
     """Have glibc reuse freed memory: the kernel would zero it for each new tensor."""
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: the most bytes that any glibc allows
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, in bytes: the most for an old glibc,
+        libc.mallopt(-3, 2**30)  # and for others
         libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
 
 
@@ -1127,7 +1128,7 @@ def resume(args, may_differ, model, optimizer, videos):
     """
     goes_on = args.resume or was_restarted()
     path = on_rank0(find_checkpoint, args.output_dir) if goes_on else None
-    if path is None:
+    if not path:
         if args.init and "head.weight" in load_pretrained(model, args.init):
             nn.init.trunc_normal_(model.head.weight, std=2e-5)  # a new one; as in mae_st
         return 0, None

@@ -33,13 +33,13 @@ import data
 
 SEEDS = 0, 1, 2
 # What is searched, for both sides alike: learning rate, layer-wise decay and epochs, the longer for the best three.
-RATES = {"finetune_cls": (5e-4, 1e-3, 2e-3, 4e-3), "finetune_ava": (1e-3, 2e-3, 4e-3, 8e-3)}
+RATES = 1e-3, 2e-3, 4e-3, 8e-3
 DECAYS = 1.0, 0.75, 0.6
 LENGTHS = {"finetune_cls": (12, 24), "finetune_ava": (60, 120)}
 PROBE_RATES = 1e-2, 3e-2
-BEST = {  # what a search with an earlier recipe found: learning rate, layer-wise decay, epochs
-    "finetune_cls": {"scratch": (1e-3, 1.0, 24), "pre-trained": (4e-3, 0.75, 24)},
-    "finetune_ava": {"scratch": (4e-3, 1.0, 120), "pre-trained": (4e-3, 0.6, 120)},
+BEST = {  # what the search found: learning rate, layer-wise decay, epochs
+    "finetune_cls": {"scratch": (1e-3, 0.6, 24), "pre-trained": (4e-3, 0.75, 24)},
+    "finetune_ava": {"scratch": (2e-3, 1.0, 60), "pre-trained": (4e-3, 0.6, 60)},
 }
 
 
@@ -102,7 +102,7 @@ def spread(values):
 def search(study, stage):
     """Every rate and decay at the short length with seed 0, then the best three of each side at the long one."""
     short, long = LENGTHS[stage]
-    rows = list(itertools.product([stage], BEST[stage], RATES[stage], DECAYS, [short]))
+    rows = list(itertools.product([stage], BEST[stage], RATES, DECAYS, [short]))
     scores = dict(zip(rows, study.all(study.score, rows)))
     for side in BEST[stage]:
         better = sorted((row for row in rows if row[1] == side), key=scores.get)[-3:]
