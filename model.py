@@ -654,14 +654,14 @@ def load_pretrained(model, path, complete=False):
     state = read_checkpoint(path)
     for key in ("model", "model_state", "state_dict"):
         state = state[key] if isinstance(state.get(key), dict) else state
-    state = {k: v for k, v in state.items() if isinstance(k, str) and torch.is_tensor(v)}
+    state = {k: v for k, v in state.items() if torch.is_tensor(v)}
     own = model.state_dict()
     try:
         state = to_official_names(state, model, own)
         loaded = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
         check_weights(path, loaded)
         new = model.load_state_dict(loaded, strict=False).missing_keys
-    except (RuntimeError, IndexError) as error:  # kinds of tensors that are never stored, too
+    except (RuntimeError, IndexError, TypeError) as error:  # rare kinds of tensors and keys, too
         reason = str(error).splitlines()[0][:99]
         raise InputError(f"{path}: does not fit this model: {reason}") from None
     for key in new:
@@ -1337,14 +1337,17 @@ class Run:
         ends = self.stopping or self.done == self.plan.steps
         return late or ends or self.every(self.args.keep_epochs)
 
-    def save(self, model, optimizer, **more):
-        """Write a checkpoint with all a resumed run needs; a kill at any time leaves one intact."""
+    def save(self, model, optimizer, **content):
+        """Write a checkpoint with all a resumed run needs, and what else is given as content.
+
+        A kill at any time leaves one intact.
+        """
         path, previous = (self.out / name for name in CHECKPOINTS)
-        more |= dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=self.done)
-        more |= dict(args=vars(self.args), videos=len(self.videos))
+        content |= dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=self.done)
+        content |= dict(args=vars(self.args), videos=len(self.videos))
         with writing(path) as beside:
             with open(beside, "wb") as file:
-                torch.save(more, file)
+                torch.save(content, file)
                 file.flush()
                 os.fsync(file.fileno())
             if self.latest == path:  # a damaged file does not become the previous one

@@ -430,7 +430,7 @@ UNUSABLE = {  # a file: what it holds beside good weights, None instead of one; 
     "quantised": (dict(cls_token=torch.quantize_per_tensor(ONES, 0.1, 0, torch.qint8)), f"cls_token {OTHER_KIND}"),
     "meta": (dict(cls_token=ONES.to("meta")), "does not fit this model: "),
     "complex": (dict(cls_token=ONES + 1j), f"cls_token {OTHER_KIND}"),
-    "only_a_number": ({7: ONES}, "does not fit this model: cls_token is missing"),
+    "number": ({7: ONES}, "does not fit this model: expected string"),
     "a.safetensors": ({}, r"pip install safetensors, then convert it: torch.save\("),
     "only_a_step": ({"step": 3}, "does not fit this model: cls_token is missing"),
     "code": (dict(step=Code()), DAMAGED),
