@@ -41,7 +41,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.io import encode_png
 from torchvision.transforms import RandomResizedCrop
 
-from model import InputError, append, check_failures, gather, progress, rank, world_size
+from model import InputError, append, autocast, check_failures, gather, progress, rank, world_size
 from model import writing
 
 FPS = 30  # --sampling_rate counts in frames of this rate: 16 frames, every 4th, span 64 / 30 s
@@ -365,7 +365,7 @@ class Video:
         self.reorders = name == "avi" and self.codec.has_b_frames  # its stamps are decoding times
         # A file may begin inside a group of pictures: look for the first frame that comes out.
         if name in STREAMS or [*stamps][:1] != sorted(stamps)[:1]:
-            stamps, _ = self.decode_all(np.array([-1e15]))  # nearest to long ago
+            stamps, _ = self.decode_all([-1e15])  # nearest to long ago
         if not stamps:
             raise VideoError("has no time stamps; to add some: ffmpeg -i a.h264 -c copy a.mp4")
         self.start = min(stamps)
@@ -519,12 +519,10 @@ class Video:
         later = 0  # frames shown after the last time
         packets = self.packets(times[0] - lead * self.second, math.inf)
         for packet in itertools.chain(packets, [None]):
-            try:
-                out = self.codec.decode(packet)  # None: what the decoder still holds
+            try:  # None: what the decoder still holds
+                waiting += [frame for frame in self.codec.decode(packet) if frame.pts is not None]
             except av.error.FFmpegError:
-                out = []
                 damaged.append((packet and packet.pts) or 1e99)
-            waiting += [frame for frame in out if frame.pts is not None]
             if self.reorders:  # the lowest time of decoding belongs to the first frame shown
                 for frame, stamp in zip(waiting, sorted(frame.pts for frame in waiting)):
                     frame.pts = stamp
@@ -624,11 +622,11 @@ class TrainDataset(VideoDataset):
     them: [(index, reason)].
     """
 
-    def __getitem__(self, key, attempts=20):
+    def __getitem__(self, key):
         pass_number, index = key
         failures = []
         candidate = index
-        for attempt in range(1, attempts + 1):
+        for attempt in range(1, 21):
             try:
                 return self.load(candidate, pass_number) | {"failures": failures}
             except VideoError as error:
@@ -636,7 +634,7 @@ class TrainDataset(VideoDataset):
             seed = stateless_seed(self.args.seed, pass_number, index, attempt)
             candidate = seed % len(self.videos)
         reasons = [f"  {self.videos.name(i)}: {reason}" for i, reason in dict(failures).items()]
-        raise VideoError("\n".join([f"{attempts} videos in a row cannot be read:", *reasons]))
+        raise VideoError("\n".join([f"{attempt} videos in a row cannot be read:", *reasons]))
 
 
 class TestDataset(VideoDataset):
@@ -877,9 +875,9 @@ def run_test(dataset, device, function):
 
     Returns {index: value}, and {index: reason} of the unreadable ones, on all processes.
     """
-    last = len(dataset) - 1
+    count = len(dataset)
     # Equally many on each process: some take the last one again
-    mine = [min(first + rank(), last) for first in range(0, len(dataset), world_size())]
+    mine = [min(first + rank(), count - 1) for first in range(0, count, world_size())]
     values = {}
     failures = {}
     samples = load_samples(dataset, mine)
@@ -890,7 +888,8 @@ def run_test(dataset, device, function):
             failures[sample["index"]] = sample["failure"]
         else:
             sample["video"] = model_order(sample["video"].to(device))
-            values[sample["index"]] = function(sample)
+            with torch.no_grad(), autocast(dataset.args, device):
+                values[sample["index"]] = function(sample)
     for more_values, more_failures in gather((values, failures)):
         values |= more_values
         failures |= more_failures

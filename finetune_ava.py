@@ -34,9 +34,9 @@ from data import make_demo, read_entries, report_failures, run_test, stateless_s
 from data import upright_size, write_csv, write_png
 from model import RUN_FLAGS, SIZES, STOPPED, Detector, InputError, Run, autocast, bounded
 from model import cosine_decay, count_flops, distribute, fraction, load_pretrained, make_optimizer
-from model import make_parser, make_plan, on_rank0, parameter_groups, parse_with_recipe
-from model import positive_int, print_plan, print_rank0, rank, rate, read_checkpoint, resume
-from model import run_main, start_from_sines, start_process, switch, world_size, write_json
+from model import make_parser, make_plan, on_rank0, parse_with_recipe, positive_int, print_plan
+from model import print_rank0, rank, rate, read_checkpoint, resume, run_main, start_process, switch
+from model import world_size, write_json
 
 AVA = dict(  # Table 6a: AVA fine-tuning. Keys are flags, comments the table's words
     optimizer="sgd",  # optimizer: SGD
@@ -66,10 +66,11 @@ DEMO = AVA | dict(  # vit_demo, minutes on two CPU cores: too few steps for SGD
     test_crop="full",
     img_size=48,
     precision="fp32",  # matrices this small are slower in bf16
-    sine_positions=True,
 )
-TEST_FLAGS = {"test_crop", "test_size", "boxes", "ground_truth", "excluded", "action_list"}
-MAY_DIFFER = RUN_FLAGS | TEST_FLAGS | {"dataset", "data", "videos", "video_start"}  # on resume
+MAY_DIFFER = RUN_FLAGS | {  # on resume
+    "dataset", "data", "videos", "video_start", "test_crop", "test_size", "boxes", "ground_truth",
+    "excluded", "action_list",
+}  # fmt: skip
 
 
 def recipe_of(args):
@@ -188,13 +189,12 @@ def read_boxes(file, proposals=False, threshold=-math.inf, excluded=()):
         if not (-1 < x1 < x2 - thin < 2 and -1 < y1 < y2 - thin < 2):
             raise ValueError("not a box; expected x1 < x2 and y1 < y2, as shares of the frame")
         action = 0 if proposals and action in ("", "-1") else action_number(action)
-        key, score = (video.strip(), finite(second)), finite(score)
-        return (key, (x1, y1, x2, y2, action, score)) if score >= threshold else None
+        return (video.strip(), finite(second)), (x1, y1, x2, y2, action, finite(score))
 
     boxes = {}
     expected = "video,second,x1,y1,x2,y2,action,score (or person)"
     for key, values in read_entries(file, convert, expected):
-        if key not in excluded:
+        if key not in excluded and values[-1] >= threshold:
             boxes.setdefault(key, []).append(values)
     return {key: np.array(rows) for key, rows in boxes.items()}
 
@@ -425,16 +425,13 @@ def train(args):
     torch.manual_seed(args.seed)
     config = model_config(args)
     detector = Detector(**config)
-    if args.sine_positions:
-        start_from_sines(detector)
     if args.layer_decay == 0:
         detector.freeze_encoder()
-    detector.to(device).train()
+    detector.to(device)
     ddp = distribute(detector, args)
 
     # ------------------------------------------------ optimizer and resume
-    groups = parameter_groups(detector, args.weight_decay, args.layer_decay)
-    optimizer = make_optimizer(args, groups)
+    optimizer = make_optimizer(args, detector, layer_decay=args.layer_decay)
     start, checkpoint = resume(args, MAY_DIFFER, detector, optimizer, keyframes)
     flops = count_flops(Detector, config, [torch.zeros(1, 4, device="meta")])
     print_plan(args, plan, detector, keyframes, flops)
@@ -451,7 +448,7 @@ def train(args):
             # over boxes, not over clips, which may have none.
             micro_batches = [next(batches) for _ in range(plan.micro_steps)]
             boxes = sum(len(batch["actions"]) for batch in micro_batches)
-            num_boxes = torch.full((), float(boxes), device=device)
+            num_boxes = torch.full((), boxes, device=device)
             if world_size() > 1:
                 dist.all_reduce(num_boxes)
             loss = 0
@@ -498,8 +495,8 @@ def score(args, file):
     """
     truth, actions, excluded = read_ground_truth(args)
     detections = read_boxes(file, excluded=excluded)
-    if detections and not {video for video, _ in detections} & {video for video, _ in truth}:
-        raise InputError(f"the detections are of other movies, such as {next(iter(detections))[0]}")
+    if detections and not detections.keys() & truth.keys():
+        raise InputError(f"the detections are of other keyframes, such as {min(detections)}")
     per_class = {}
     for action, name in actions.items():
         people = {key: rows[rows[:, 4] == action] for key, rows in truth.items()}
@@ -558,10 +555,8 @@ def detect(detector, keyframes, args, actions):
     device = detector.cls_token.device
     detector.eval()
 
-    @torch.no_grad()
     def scores_of(sample):
-        with autocast(args, device):
-            logits = detector(sample["video"], [sample["boxes"].to(device)])
+        logits = detector(sample["video"], [sample["boxes"].to(device)])
         return logits.float().sigmoid().cpu()  # each action has its own score
 
     clips = KeyframeTestDataset(keyframes, args, detector.patch_size)
@@ -587,9 +582,14 @@ def test(detector, keyframes, args, actions):
         out = Path(args.output_dir)
         results = score(args, out / "detections.csv")
         boxes = sum(map(len, scores.values()))
-        results |= dict(boxes=boxes, keyframes=len(keyframes), unreadable=len(failures))
-        size = args.test_size or args.img_size
-        results |= dict(test_crop=args.test_crop, test_size=size, init=args.init)
+        results |= dict(
+            boxes=boxes,
+            keyframes=len(keyframes),
+            unreadable=len(failures),
+            test_crop=args.test_crop,
+            test_size=args.test_size or args.img_size,
+            init=args.init,
+        )
         write_json(out / "results.json", results)
         print(f"{boxes} boxes at {len(keyframes)} keyframes, {args.test_crop} crop")
         shown = list(scores.items())[:: 1 + len(scores) // 4]  # at most four
@@ -651,12 +651,11 @@ def main():
     if args.predict and not args.boxes:
         raise InputError("--predict needs --boxes CSV: rows of video,second,x1,y1,x2,y2 in 0..1")
     device = start_process(args)
-    if args.eval:
-        keyframes = on_rank0(read_keyframes, args, "val")
-        _, actions, _ = on_rank0(read_ground_truth, args)
     detector = Detector(**model_config(args)).to(device)
     load_pretrained(detector, args.init, complete=True)
     if args.eval:
+        keyframes = on_rank0(read_keyframes, args, "val")
+        _, actions, _ = on_rank0(read_ground_truth, args)
         return test(detector, keyframes, args, actions)
     actions = read_checkpoint(args.init).get("classes")
     if args.action_list:

@@ -26,10 +26,9 @@ from data import LAYOUTS, Batches, ClipDataset, MultiViewDataset, VideoList, fin
 from data import report_failures, run_test, stateless_seed
 from model import PIXEL_MEAN, RUN_FLAGS, SIZES, STOPPED, Classifier, InputError, Run, autocast
 from model import cosine_decay, count_flops, distribute, fraction, load_pretrained, make_optimizer
-from model import make_parser, make_plan, nonnegative, normalize, on_rank0, parameter_groups
-from model import parse_with_recipe, positive_int, print_plan, print_rank0, rank, rate
-from model import read_checkpoint, resume, run_main, start_from_sines, start_process, switch
-from model import write_json
+from model import make_parser, make_plan, nonnegative, normalize, on_rank0, parse_with_recipe
+from model import positive_int, print_plan, print_rank0, rank, rate, read_checkpoint, resume
+from model import run_main, start_process, switch, write_json
 
 KINETICS = dict(  # Table 5b: Kinetics fine-tuning. Keys are flags, comments the table's words
     optimizer="adamw",  # optimizer: AdamW
@@ -97,7 +96,6 @@ DEMO = KINETICS | dict(  # vit_demo, minutes on two CPU cores
     views=(2, 3),
     img_size=48,
     precision="fp32",  # matrices this small are slower in bf16
-    sine_positions=True,
 )
 RECIPES = dict(kinetics=KINETICS, ssv2=SSV2, k600_intermediate=K600_INTERMEDIATE, demo=DEMO)
 CLASSES = {"kinetics400": 400, "kinetics600": 600, "kinetics700": 700, "ssv2": 174}
@@ -177,24 +175,21 @@ def train(args):
         raise InputError(f"{args.data}: a single list; give the folder with train and val lists")
     expected = args.num_classes or CLASSES.get(args.dataset)  # None: as many as there are
     videos = on_rank0(find_videos, args, "train", expected)
-    classes = videos.class_names or videos.num_classes  # the test's labels must be among them
-    held_out = on_rank0(find_videos, args, "val", classes)
+    # The test's labels must be among those to train on.
+    held_out = on_rank0(find_videos, args, "val", videos.class_names or videos.num_classes)
     plan = make_plan(args, len(videos), args.repeat_aug)
 
     # --------------------------------------------------------------- model
     torch.manual_seed(args.seed)
     config = model_config(args, videos.num_classes)
     classifier = Classifier(**config)
-    if args.sine_positions:
-        start_from_sines(classifier)
     if args.layer_decay == 0:
         classifier.freeze_encoder()
-    classifier.to(device).train()
+    classifier.to(device)
     ddp = distribute(classifier, args)
 
     # ------------------------------------------------ optimizer and resume
-    groups = parameter_groups(classifier, args.weight_decay, args.layer_decay)
-    optimizer = make_optimizer(args, groups)
+    optimizer = make_optimizer(args, classifier, layer_decay=args.layer_decay)
     start, checkpoint = resume(args, MAY_DIFFER, classifier, optimizer, videos)
     flops = None if args.mask_start else count_flops(Classifier, config)
     print_plan(args, plan, classifier, videos, flops)
@@ -216,16 +211,15 @@ def train(args):
                 batch = next(batches)
                 # Seeds mixing, masks and dropout. The 0 makes it five numbers: clips have four.
                 torch.manual_seed(stateless_seed(args.seed, step, rank(), micro_step, 0))
-                video, target = mix_clips(
-                    batch["video"], batch["label"], config["num_classes"], args
-                )
+                video, target = mix_clips(batch["video"], batch["label"], videos.num_classes, args)
                 # DDP exchanges gradients at the last micro-batch only.
                 ddp.require_backward_grad_sync = micro_step == plan.micro_steps - 1
                 with autocast(args, device):
                     logits = ddp(video, mask_ratio).float()  # (B*R, num_classes)
                 micro_loss = F.cross_entropy(logits, target, label_smoothing=args.label_smoothing)
-                (micro_loss / plan.micro_steps).backward()
-                loss += micro_loss.detach() / plan.micro_steps
+                micro_loss = micro_loss / plan.micro_steps
+                micro_loss.backward()
+                loss += micro_loss.detach()
             grad_norm = torch.nn.utils.clip_grad_norm_(ddp.parameters(), args.clip_grad or math.inf)
             optimizer.step()
             optimizer.zero_grad()
@@ -243,7 +237,7 @@ def train(args):
                 break
     if run.was_stopped():
         return STOPPED
-    report(*test(classifier, held_out, args, args.views), held_out, args)
+    report(classifier, held_out, args)
     print_rank0(f"next: python finetune_cls.py --predict VIDEO --init {run.out}/checkpoint.pt")
 
 
@@ -311,9 +305,10 @@ class RandAugment:
 
 def augmentation(args):
     """RandAugment and random erasing of clips, uint8 (T, 3, H, W); erased pixels get the mean."""
-    rand_augment = [RandAugment(*args.rand_augment)] if args.rand_augment[0] else []
     erase = v2.RandomErasing(args.random_erasing, value=round(255 * PIXEL_MEAN))
-    return v2.Compose([*rand_augment, erase])
+    if args.rand_augment[0] == 0:
+        return erase
+    return v2.Compose([RandAugment(*args.rand_augment), erase])
 
 
 def mix_clips(video, label, num_classes, args):
@@ -344,10 +339,8 @@ def predict(classifier, videos, args, views, most=32):
     device = classifier.cls_token.device
     classifier.eval()
 
-    @torch.no_grad()
     def average_views(sample):
-        with autocast(args, device):
-            logits = [classifier(clips) for clips in sample["video"].split(most)]
+        logits = [classifier(clips) for clips in sample["video"].split(most)]
         return torch.cat(logits).float().softmax(1).mean(0).cpu()  # (num_classes,)
 
     return run_test(MultiViewDataset(videos, args, views), device, average_views)
@@ -367,13 +360,13 @@ def test(classifier, videos, args, views):
     return dict(top1=top1, top5=top5, videos=len(videos), unreadable=len(failures)), failures
 
 
-def report(results, failures, videos, args):
-    """Print the results of a test with --views, and write them to results.json."""
+def report(classifier, videos, args):
+    """Test with --views, print the results, and write them to results.json."""
+    results, failures = test(classifier, videos, args, args.views)
     results |= dict(views="{}x{}".format(*args.views), init=args.init)
-    top5 = f", top-5 {results['top5']:.2f} %" if videos.num_classes > 5 else ""
-    print_rank0(f"top-1 {results['top1']:.2f} %{top5}, {len(videos)} videos x {results['views']}")
-    if rank() == 0:
-        write_json(f"{args.output_dir}/results.json", results)
+    text = "top-1 {top1:.2f} %, top-5 {top5:.2f} %, {videos} videos x {views}"
+    print_rank0(text.format(**results))
+    on_rank0(write_json, f"{args.output_dir}/results.json", results)
     report_failures(args, videos, failures)
 
 
@@ -384,8 +377,7 @@ def main():
     device = start_process(args)
     saved = read_checkpoint(args.init)
     names = saved.get("classes")
-    num_classes = saved.get("config", {}).get("num_classes")
-    num_classes = num_classes or args.num_classes or CLASSES.get(args.dataset)
+    num_classes = saved.get("config", vars(args)).get("num_classes") or CLASSES.get(args.dataset)
     if not num_classes:
         raise InputError("--num_classes is needed: how many classes does the checkpoint have?")
     classifier = Classifier(**model_config(args, num_classes)).to(device)
@@ -393,7 +385,7 @@ def main():
     if args.eval:
         on_rank0(make_demo, args)
         videos = on_rank0(find_videos, args, "val", names or num_classes)
-        return report(*test(classifier, videos, args, args.views), videos, args)
+        return report(classifier, videos, args)
     videos = VideoList("--predict", ".", args.predict)
     scores, failures = predict(classifier, videos, args, args.views)
     for index, values in scores.items():

@@ -22,9 +22,8 @@ from data import FPS, LAYOUTS, Batches, ClipDataset, MultiViewDataset, VideoList
 from data import make_demo, model_order, stateless_seed, write_png, write_video
 from model import MAE, MASK_TYPES, PIXEL_MEAN, PIXEL_STD, RUN_FLAGS, SIZES, STOPPED, InputError, Run
 from model import autocast, cosine_decay, count_flops, distribute, fraction, load_pretrained
-from model import make_optimizer, make_parser, make_plan, normalize, on_rank0, parameter_groups
-from model import parse_with_recipe, positive_int, print_plan, rank, rate, resume, run_main
-from model import start_from_sines, start_process, switch
+from model import make_optimizer, make_parser, make_plan, normalize, on_rank0, parse_with_recipe
+from model import positive_int, print_plan, rank, rate, resume, run_main, start_process, switch
 
 KINETICS = dict(  # Table 5a: Kinetics pre-training. Keys are flags, comments the table's words
     optimizer="adamw",  # optimizer: AdamW
@@ -53,7 +52,6 @@ DEMO = KINETICS | dict(  # vit_demo, minutes on two CPU cores: many small steps 
     clip_grad=1.0,
     img_size=48,
     precision="fp32",  # matrices this small are slower in bf16
-    sine_positions=True,  # with random ones its loss sits on a plateau for most of these minutes
     norm_pix_loss=False,  # else a plain patch loses its mean, nearly all it has
     decoder_embed_dim=64,
     decoder_depth=1,
@@ -118,14 +116,11 @@ def train(args):
     torch.manual_seed(args.seed)
     config = model_config(args)
     mae = MAE(**config)
-    if args.sine_positions:
-        start_from_sines(mae)
     mae.to(device)
     ddp = distribute(mae, args)
 
     # ------------------------------------------------ optimizer and resume
-    groups = parameter_groups(mae, args.weight_decay, decay_positions=True)
-    optimizer = make_optimizer(args, groups)
+    optimizer = make_optimizer(args, mae, decay_positions=True)
     start, checkpoint = resume(args, MAY_DIFFER, mae, optimizer, videos)
     flops = count_flops(MAE, config, args.mask_ratio)  # raises if no token is left
     print_plan(args, plan, mae, videos, flops)
@@ -147,8 +142,9 @@ def train(args):
                 ddp.require_backward_grad_sync = micro_step == plan.micro_steps - 1
                 with autocast(args, device):
                     micro_loss, _, _ = ddp(batch["video"], args.mask_ratio)
-                (micro_loss / plan.micro_steps).backward()
-                loss += micro_loss.detach() / plan.micro_steps
+                micro_loss = micro_loss / plan.micro_steps
+                micro_loss.backward()
+                loss += micro_loss.detach()
             grad_norm = torch.nn.utils.clip_grad_norm_(mae.parameters(), args.clip_grad or math.inf)
             optimizer.step()
             optimizer.zero_grad()
@@ -171,10 +167,9 @@ def train(args):
             print(f"drawing training videos instead: {str(error).splitlines()[0]}")
         paths = [videos.path(i * len(videos) // 4) for i in range(min(4, len(videos)))]
         visualize(mae, paths, run.out / "reconstructions", args, device)
-        named = args.data.startswith(f"data/{args.dataset}")  # found by its name
-        data_set = f"--dataset {args.dataset}" if named else "--data LABELLED_VIDEOS"
+        labelled = "--dataset demo" if args.dataset == "demo" else "--data LABELLED_VIDEOS"
         model = f"--model {args.model} --init {run.out}/checkpoint.pt"
-        print(f"next: python finetune_cls.py {data_set} {model}")
+        print(f"next: python finetune_cls.py {labelled} {model}")
 
 
 def unpatchify(tubelets, grid, patch_size):
@@ -196,12 +191,11 @@ def reconstruct(mae, video, mask_ratio):
     tubelets, grid = mae.patchify(video)
     truth = normalize(tubelets[..., : pred.shape[-1]])  # (1, N, pred_frames*p*p*3)
     hidden = mask[..., None] == 1  # (1, N, 1)
-    scales = [(0, 1)]  # (mean, deviation)
     if mae.norm_pix_loss:
         std, mean = torch.std_mean(truth, 2, keepdim=True)  # (1, N, 1)
-        scales = [(mean, std), (mean[~hidden].mean(), std[~hidden].mean())]
-    rows = [torch.where(hidden, pred * std + mean, truth) for mean, std in scales]
-    rows = torch.cat([truth, truth.masked_fill(hidden, 0), *rows])
+        average = pred * std[~hidden].mean() + mean[~hidden].mean()
+        pred = torch.cat([pred * std + mean, average])  # (2, N, pred_frames*p*p*3)
+    rows = torch.cat([truth, truth.masked_fill(hidden, 0), torch.where(hidden, pred, truth)])
     pixels = unpatchify(rows, grid, mae.patch_size) * PIXEL_STD + PIXEL_MEAN
     return (255 * pixels).round().clamp(0, 255).byte().transpose(1, 2).cpu()
 

@@ -51,7 +51,7 @@ SIZES = {  # ViT-B, L and H of the paper, with tubelets of 2 x 16 x 16 pixels; a
     "vit_b": dict(embed_dim=768, depth=12, num_heads=12),
     "vit_l": dict(embed_dim=1024, depth=24, num_heads=16),
     "vit_h": dict(embed_dim=1280, depth=32, num_heads=16),
-    "vit_demo": dict(patch_size=8, embed_dim=128, depth=4, num_heads=4),
+    "vit_demo": dict(patch_size=8, embed_dim=128, depth=4, num_heads=4, sine_positions=True),
 }
 PIXEL_MEAN, PIXEL_STD = 0.45, 0.225  # of each channel, for pixels in 0..1
 
@@ -263,6 +263,8 @@ class VideoViT(nn.Module):
     """The encoder: a plain ViT with separable learned positions and a class token.
 
     drop_path: stochastic depth, rising linearly from 0 in the first block to this in the last.
+    sine_positions: start positions in space and time from sines; from random ones, a small model's
+    loss sits on a plateau for minutes.
     grad_checkpointing: save memory by recomputing blocks in the backward pass.
     """
 
@@ -276,12 +278,14 @@ class VideoViT(nn.Module):
         depth=24,
         num_heads=16,
         drop_path=0.0,
+        sine_positions=False,
         grad_checkpointing=False,
     ):
         super().__init__()
         self.patch_size = patch_size
         self.t_patch_size = t_patch_size
         self.embed_dim = embed_dim
+        self.sine_positions = sine_positions
         self.grad_checkpointing = grad_checkpointing
         side = img_size // patch_size
         t, h, w = self.grid = num_frames // t_patch_size, side, side
@@ -315,6 +319,8 @@ class VideoViT(nn.Module):
         for name, parameter in self.named_parameters():
             if re.search("pos_embed|token|^head.weight", name):
                 nn.init.trunc_normal_(parameter, std=0.02)
+        if self.sine_positions:
+            start_from_sines(self)
 
     def patchify(self, video):
         """Cut a video (B, 3, T, H, W): tubelets (B, N, u*p*p*3), and their grid (t, h, w)."""
@@ -360,10 +366,7 @@ def sines(n, dim):
 
 
 def start_from_sines(model):
-    """Initialise a model's positions in space and time with sines.
-
-    From random ones, a small model's loss sits on a plateau for minutes.
-    """
+    """Initialise a model's positions in space and time with sines."""
     t, h, w = model.grid
     for name, table in model.named_parameters():  # (1, h*w, D) or (1, t, D)
         dim = table.shape[-1]
@@ -704,8 +707,12 @@ def parameter_groups(model, weight_decay, layer_decay=1.0, decay_positions=False
     return list(groups.values())
 
 
-def make_optimizer(args, groups):
-    """AdamW, or SGD with Nesterov momentum 0.9, as in PySlowFast (the tables just say SGD)."""
+def make_optimizer(args, model, **settings):
+    """AdamW, or SGD with Nesterov momentum 0.9, as in PySlowFast (the tables just say SGD).
+
+    settings: of parameter_groups.
+    """
+    groups = parameter_groups(model, args.weight_decay, **settings)
     if args.optimizer == "sgd":
         return torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=True, fused=True)
     return torch.optim.AdamW(groups, args.lr, betas=args.betas, fused=True)
@@ -810,17 +817,11 @@ def make_parser(doc, layouts):
     )
     add("--weight_decay", type=nonnegative, help="not applied to biases and norms")
     add("--clip_grad", type=nonnegative, default=0.0, help="max gradient norm; 0 disables clipping")
-    add(
-        "--sine_positions",
-        action=switch,
-        default=False,
-        help="start positions from sines: a small model learns sooner",
-    )
     add("--seed", type=natural, default=0, help="random seed; the same seed gives the same run")
     add(
         "--precision",
         choices=("bf16", "fp32"),
-        help="by default bf16 where the hardware has it; fp32 is TF32 on a GPU",
+        help="by default bf16 on a GPU that has it; fp32 is TF32 on a GPU",
     )
 
     add = parser.add_argument_group("run").add_argument
@@ -916,14 +917,14 @@ def choose_device(args):
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
-    has_bf16 = args.device == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    if args.device == "cuda":
+    on_gpu = args.device == "cuda"
+    if on_gpu:
         torch.cuda.set_device(dist.get_node_local_rank(0))
         torch.set_float32_matmul_precision("high")  # TF32 outside autocast
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     args.precision = args.precision or ("bf16" if has_bf16 else "fp32")
     if args.compile is None:
-        args.compile = args.device == "cuda"
+        args.compile = on_gpu
 
 
 def keep_freed_memory():
@@ -1181,7 +1182,6 @@ class Run:
 
     asked = ""  # the signal that this process got
     stopping = ""  # the signal that any process got, known to all of them
-    save_now = False  # whether this process was asked, and has not saved since
 
     def __post_init__(self):
         self.out = Path(self.args.output_dir)
@@ -1234,7 +1234,8 @@ class Run:
     def request_stop(self, number, _):
         """The signal handler: ask the run to save and stop; a second Ctrl-C ends it at once."""
         self.asked = signal.Signals(number).name
-        self.save_now = self.batches.stopping = True
+        self.batches.stopping = True
+        self.saved_at = -math.inf  # a save is due
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.write(2, b"stopping soon; Ctrl-C again ends at once\n")
 
@@ -1329,11 +1330,11 @@ class Run:
         """Whether process 0 saves now: at a log point, or at once if it was asked to stop."""
         if rank() > 0:
             return False
+        late = time.perf_counter() - self.saved_at > 60 * self.args.save_minutes
         # Between log points (log empties pending) only a stop is saved, and nobody has checked yet
         # that the loss is finite.
         if self.pending:
-            return self.save_now and torch.stack(self.pending).isfinite().all()
-        late = time.perf_counter() - self.saved_at > 60 * self.args.save_minutes
+            return self.asked and late and torch.stack(self.pending).isfinite().all()
         ends = self.stopping or self.done == self.plan.steps
         return late or ends or self.every(self.args.keep_epochs)
 
@@ -1353,7 +1354,6 @@ class Run:
             if self.latest == path:  # a damaged file does not become the previous one
                 path.replace(previous)
         self.latest = path
-        self.save_now = False
         self.saved_at = time.perf_counter()
         self.keep_checkpoint()
 

@@ -357,7 +357,7 @@ def test_batches_follow_from_their_keys_whatever_the_workers(workers, videos):
 
 
 class Samples(list):
-    args = argparse.Namespace(num_workers=0, device="cpu")
+    args = argparse.Namespace(num_workers=0, device="cpu", precision="fp32")
 
 
 @pytest.mark.parametrize("length", [1, 61, 63])

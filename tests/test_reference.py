@@ -272,7 +272,10 @@ class GPU(TorchDispatchMode):
 def test_steps_on_a_gpu_read_nothing_back_and_mix_no_devices(case, folder, tmp_path, monkeypatch):
     stage, steps = CASES[case][0], []
     monkeypatch.setattr(stage, "autocast", lambda *_: contextlib.nullcontext())  # knows no "meta"
-    monkeypatch.setattr(stage, "make_optimizer", lambda _, groups: torch.optim.SGD(groups, 0.1))
+    plain = torch.optim.SGD  # not the fused one
+    monkeypatch.setattr(
+        stage, "make_optimizer", lambda _, net, **__: plain(model.parameter_groups(net, 0), 0.1)
+    )
     for name, value in dict(at_log_point=False, save_due=False, was_stopped=True).items():
         monkeypatch.setattr(stage.Run, name, lambda _, value=value: value)
     monkeypatch.setattr(stage.Run, "record", lambda _, *values: steps.append(values))

@@ -372,7 +372,9 @@ def test_a_run_starts_at_one_step_and_saves_finite_weights_alone(videos, tmp_pat
     monkeypatch.setattr(m, "gather", lambda start: [start, 3])
     message = run_stage("mae_pretrain", line_of("mae_pretrain", videos, tmp_path))
     assert f"error: {tmp_path}: start at steps [0, 3]; do all share this folder?" in message
-    run = SimpleNamespace(save_now=True, pending=[torch.ones(2)])  # asked between log points
+    run = m.Run.__new__(m.Run)
+    run.args, run.asked, run.saved_at = SimpleNamespace(save_minutes=10), "SIGTERM", -np.inf
+    run.pending = [torch.ones(2)]  # asked between log points
     assert m.Run.save_due(run)
     run.pending.append(torch.tensor([0.5, float("nan")]))
     assert not m.Run.save_due(run)
