@@ -16,7 +16,6 @@ processes change nothing, and a resumed run needs no generator states.
 import contextlib
 import csv
 import ctypes
-import dataclasses
 import functools
 import io
 import itertools
@@ -28,6 +27,7 @@ import re
 import shutil
 import signal
 import time
+from dataclasses import dataclass
 from fractions import Fraction
 from multiprocessing import Pool
 from pathlib import Path
@@ -74,7 +74,7 @@ def stateless_seed(*numbers):
 # ----------------------------------------------------------------------------------------- lists
 
 
-@dataclasses.dataclass
+@dataclass
 class VideoList:
     """The videos of a data set."""
 
@@ -607,7 +607,7 @@ def sample_times(duration, args, place):
     return clip_times(duration, args.num_frames, args.sampling_rate, place)
 
 
-@dataclasses.dataclass
+@dataclass
 class VideoDataset(Dataset):
     """Samples made from a list of videos, or of keyframes."""
 
@@ -650,7 +650,7 @@ class TestDataset(VideoDataset):
             return {"index": index, "failure": str(error)}
 
 
-@dataclasses.dataclass
+@dataclass
 class ClipDataset(TrainDataset):
     """Clips to train on: repeated sampling, random resized crop, flip.
 
@@ -693,7 +693,7 @@ class ClipDataset(TrainDataset):
         return clip
 
 
-@dataclasses.dataclass
+@dataclass
 class MultiViewDataset(TestDataset):
     """Clips to test on: K clips spread over a video x S crops along its longer side (Tables 7, 9).
 
@@ -740,12 +740,22 @@ def permutation(length, seed, pass_number):
     return torch.randperm(length, generator=generator).tolist()
 
 
-def collate(samples):
-    """Join samples, or batches: tensors along their first dimension, lists end to end."""
+def collate(samples, device="cpu"):
+    """Join samples, or batches: tensors along their first dimension, lists end to end. Tensors,
+    also those in lists, are moved to the device before.
+    """
+    on_gpu = torch.device(device).type == "cuda"  # elsewhere, not to wait can read too early
+
+    def move(value):
+        return value.to(device, non_blocking=on_gpu) if torch.is_tensor(value) else value
+
     batch = {}
     for name, first in samples[0].items():
         values = [sample[name] for sample in samples]
-        batch[name] = torch.cat(values) if torch.is_tensor(first) else [*itertools.chain(*values)]
+        if torch.is_tensor(first):
+            batch[name] = torch.cat([*map(move, values)])
+        else:
+            batch[name] = [*map(move, itertools.chain(*values))]
     return batch
 
 
@@ -794,15 +804,8 @@ class Batches:
         self.waited += time.perf_counter() - began
         for part in parts:
             self.failures += part.pop("failures")
-        batch = collate([to_device(part, self.device) for part in parts])
+        batch = collate(parts, self.device)
         return batch | {"video": model_order(batch["video"])}
-
-
-def to_device(batch, device):
-    """Move the tensors of a batch, and of the lists in it."""
-    on_gpu = device.type == "cuda"  # elsewhere, a copy that does not wait can read too early
-    move = functools.partial(torch.Tensor.to, device=device, non_blocking=on_gpu)
-    return {k: move(v) if torch.is_tensor(v) else [move(x) for x in v] for k, v in batch.items()}
 
 
 def cores():
@@ -1026,7 +1029,6 @@ def make_demo_videos(folder, split, count, labelled):
 
 def make_demo_ava(folder, split, count):
     """Movies with two things each, and AVA's files about them; detected boxes are a little off."""
-    numbers = {name: number for number, name in enumerate(DEMO_ACTIONS, 1)}
     rng = np.random.RandomState(split == "val")
     shapes, motions = [*DEMO_SHAPES], [*DEMO_MOTIONS]
     tasks = []
@@ -1040,14 +1042,16 @@ def make_demo_ava(folder, split, count):
         for person, ((*actions, _), boxes) in enumerate(zip(scene["things"], drawn)):
             box = boxes[int((DEMO_KEYFRAME - DEMO_START) * DEMO_FPS)]
             off = box + rng.normal(0, 0.01, 4)
-            for number in map(numbers.get, actions):
+            for action in actions:
                 start = path.stem, DEMO_KEYFRAME
+                number = DEMO_ACTIONS.index(action) + 1
                 truth.append([*start, *box.clip(0, 1), number, person])
                 detected.append([*start, *off.clip(0, 1), number, 0.9])
     notes = folder / "annotations"
     write_csv(notes / f"ava_{split}_v2.2.csv", truth)
     write_csv(notes / f"ava_detection_{split}_boxes_and_labels.csv", detected)
-    entries = [f'item {{\n  name: "{name}"\n  id: {i}\n}}\n' for name, i in numbers.items()]
+    item = 'item {{\n  name: "{}"\n  id: {}\n}}\n'
+    entries = [item.format(name, number) for number, name in enumerate(DEMO_ACTIONS, 1)]
     (notes / "ava_action_list_v2.2_for_activitynet_2019.pbtxt").write_text("".join(entries))
 
 

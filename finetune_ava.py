@@ -14,11 +14,11 @@ reaches 35.9 mAP on center crops and 36.8 on full frames (Table 8).
 """
 
 import contextlib
-import dataclasses
 import glob
 import math
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -279,7 +279,7 @@ def read_keyframes(args, split):
 # --------------------------------------------------------------------------- keyframes and clips
 
 
-@dataclasses.dataclass
+@dataclass
 class Keyframes:
     """Annotated seconds of movies, with their person boxes: what AVA trains and tests on."""
 
@@ -383,7 +383,7 @@ class KeyframeDataset(TrainDataset):
         return {"video": clip[None], "boxes": [boxes[inside]], "actions": actions[inside]}
 
 
-@dataclasses.dataclass
+@dataclass
 class KeyframeTestDataset(TestDataset):
     """Clips around keyframes to test on: short side --test_size; its middle square, or all of it.
 

@@ -18,7 +18,6 @@ code, so its files load as they are.
 import argparse
 import contextlib
 import ctypes
-import dataclasses
 import errno
 import fcntl
 import functools
@@ -32,6 +31,7 @@ import sys
 import time
 import zipfile
 from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 
 # Before torch is loaded: threads that spin while they wait would keep the loaders from the cores.
@@ -981,7 +981,7 @@ def on_rank0(function, *args):
     return results[0]
 
 
-@dataclasses.dataclass
+@dataclass
 class Plan:
     """What a run does: how many steps, each of --batch_size videos over all processes."""
 
@@ -1163,7 +1163,7 @@ def progress(*args, **settings):
     return tqdm(*args, ncols=79, disable=rank() > 0, **settings)
 
 
-@dataclasses.dataclass
+@dataclass
 class Run:
     """The log, the checkpoints and the end of a run; use it in a with statement.
 
