@@ -1,6 +1,5 @@
 """The three stages by their commands: recipes, arguments, what a run leaves, tests, predictions."""
 
-import csv
 import os
 import re
 import shutil
@@ -22,7 +21,11 @@ import finetune_cls
 import mae_pretrain
 import model as m
 
-ACTIONS = dict(enumerate(data.DEMO_ACTIONS, 1))
+README = (ROOT / "README.md").read_text()
+GATHER = """
+gather = m.gather  # not for lists of 240,000 videos, which then go from each process to each
+m.gather = lambda value: gather(value) if not hasattr(value, "unit") else sys.exit("a list")
+"""
 TABLES = {  # rows in the paper's order, as flags; a value for each model, or one for all
     (mae_pretrain, "KINETICS", "", "vit_b vit_l vit_h"): """
         optimizer "adamw"; betas [0.9, 0.95]; weight_decay 0.05; lr 1.6e-3; warmup_epochs 120;
@@ -64,7 +67,7 @@ def settled(stage, line):
 @pytest.mark.parametrize("stage, line, expected", [
     (mae_pretrain, "", dict(dataset="kinetics400", model="vit_l", mask_ratio=0.9, img_size=224,
         num_frames=16, sampling_rate=4, mask_type="agnostic", norm_pix_loss=True, pred_t_dim=None,
-        output_dir="runs/mae_pretrain_kinetics400_vit_l", segments=False)),
+        decoder_depth=4, decoder_num_heads=8, segments=False, output_dir="runs/mae_pretrain_kinetics400_vit_l")),
     (mae_pretrain, "--dataset ssv2", dict(hflip=False, segments=True)),  # left is not right there
     (finetune_cls, "", dict(dataset="kinetics400", model="vit_l", views=(7, 3), hflip=True, clip_grad=0,
         crop_scale=[0.08, 1.0], segments=False, random_erasing=0, mask_start=0, val_epochs=0)),
@@ -73,33 +76,24 @@ def settled(stage, line):
     (finetune_cls, "--recipe k600_intermediate --model vit_h", dict(lr=8e-4, epochs=30, drop_path=0.3)),
     (finetune_ava, "", dict(dataset="ava", test_crop="center", test_size=None, rel_pos=False,
         hflip=True, detection_threshold=0.8)),
+    (mae_pretrain, "--batch_size 128 --epochs 200", dict(lr=4e-4, warmup_epochs=30)),  # scaled, shrunk
+    (mae_pretrain, "--batch_size 128 --lr 1e-3 --epochs 1600", dict(lr=1e-3, warmup_epochs=120)),
+    (mae_pretrain, "--epochs 200 --warmup_epochs 50 --pred_t_dim 8", dict(warmup_epochs=50, pred_t_dim=8)),
+    (finetune_cls, "--model vit_b --batch_size 384", dict(lr=8e-3)),
+    (finetune_cls, "--recipe k600_intermediate --model vit_b --lr 0.5", dict(lr=0.5, layer_decay=0.65)),
+    (finetune_ava, "--model vit_h --batch_size 64", dict(lr=2.4)),
+    (finetune_ava, "--model vit_b --lr 1", dict(layer_decay=0.75)),  # ViT-L's
 ])  # fmt: skip
-def test_what_tables_leave_open_is_as_in_the_paper_and_the_released_code(stage, line, expected):
-    args, classes = settled(stage, line), [8] if stage is finetune_cls else []
-    assert {name: vars(args)[name] for name in expected} == expected
-    config = dict(grad_checkpointing=True, num_frames=8)
-    if stage is mae_pretrain:
-        assert [stage.model_config(args)[f"decoder_{x}"] for x in ("depth", "num_heads")] == [4, 8]
-        config |= dict(decoder_embed_dim=96, decoder_num_heads=4, pred_t_dim=16)
-    more = " ".join(f"--{name} {value}" for name, value in config.items()).replace(" True", "")
-    assert config.items() <= stage.model_config(settled(stage, f"{line} {more}"), *classes).items()
+def test_what_is_not_given_follows_from_papers_code_and_other_flags(stage, line, expected):
+    args, classes = settled(stage, f"{line} --grad_checkpointing"), [8] * (stage is finetune_cls)
+    config = stage.model_config(args, *classes)
+    assert {name: (vars(args) | config)[name] for name in expected} == expected
+    assert config["grad_checkpointing"] and config.get("pred_t_dim") == vars(args).get("pred_t_dim")
 
 
-def test_learning_rates_scale_with_batches_warm_up_shrinks_with_epochs_and_no_rate_is_guessed():
-    assert settled(mae_pretrain, "--batch_size 128").lr == pytest.approx(4e-4)
-    assert settled(mae_pretrain, "--batch_size 128 --lr 1e-3").lr == 1e-3
-    assert settled(finetune_cls, "--model vit_b --batch_size 384").lr == pytest.approx(8e-3)
-    assert settled(finetune_ava, "--model vit_h --batch_size 64").lr == pytest.approx(2.4)
-    assert settled(mae_pretrain, "--epochs 200").warmup_epochs == 30
-    assert settled(mae_pretrain, "--epochs 1600").warmup_epochs == 120
-    assert settled(mae_pretrain, "--epochs 200 --warmup_epochs 50").warmup_epochs == 50
-    line = "--recipe k600_intermediate --model vit_b"
-    assert "no learning rate for vit_b in the recipe; give one with" in run_stage(
-        "finetune_cls", line
-    )
-    args = settled(finetune_cls, f"{line} --lr 0.5")
-    assert args.lr == 0.5 and args.layer_decay == 0.65  # as in Table 5b
-    assert settled(finetune_ava, "--model vit_b --lr 1").layer_decay == 0.75  # ViT-L's
+def test_no_learning_rate_is_guessed():
+    with pytest.raises(m.InputError, match="no learning rate for vit_b .*; give one with --lr"):
+        settled(finetune_cls, "--recipe k600_intermediate --model vit_b")
 
 
 @pytest.mark.parametrize("line, world, expected", [  # steps, clips, videos at once, micro-batches
@@ -125,71 +119,40 @@ def test_a_batch_is_split_as_processes_and_memory_need(line, world, expected, mo
 def test_a_pre_training_run_leaves_what_the_readme_says(whole):
     out = whole("mae_pretrain")
     checkpoint, log, args = checkpoint_of(out), entries(out), json_of(out, "args.json")
-    m.MAE(**checkpoint["config"]).load_state_dict(checkpoint["model"])
-    assert checkpoint["step"] == 11 and args["lr"] == 1e-3  # as it came out, not None
-    assert [entry["step"] for entry in log] == [3, 6, 9, 11] and log[-1]["epoch"] == 22
-    assert {"loss", "lr", "grad_norm", "clips_per_s", "data_wait", "tflops"} < log[0].keys()
-    for entry in log:
-        assert np.isfinite([entry[name] for name in entry]).all()
-        epoch = 2 * (entry["step"] - 1)  # before it: a step takes 2
-        assert entry["lr"] == m.cosine_decay(epoch, 1e-3, args["warmup_epochs"], 22)
+    assert checkpoint["step"] == 11 and args["weight_decay"] == 0.05  # as it came out, not None
+    assert [entry["epoch"] for entry in log] == [6, 12, 18, 22]
     a_clip = m.count_flops(m.MAE, checkpoint["config"], 0.9)
     assert log[-1]["tflops"] == pytest.approx(a_clip * log[-1]["clips_per_s"] / 1e12)
     pictures = [f"{i}_val{i}_000005_000008.{end}" for i in range(4) for end in ("mp4", "png")]
     assert sorted(os.listdir(out / "reconstructions")) == pictures and not list(out.glob("*.tmp"))
 
 
-def test_a_classification_run_leaves_checkpoint_and_results(whole):
-    out = whole("finetune_cls", "--recipe ssv2 --mask_start 0.5")
-    results, checkpoint = json_of(out), checkpoint_of(out)
-    group = checkpoint["optimizer"]["param_groups"][0]  # SGD, as in Table 6b
-    assert group["momentum"] == 0.9 and group["nesterov"] and "betas" not in group
-    assert {"top1", "top5", "unreadable", "init"} <= results.keys()
-    assert results["videos"] == 5 and results["views"] == "2x3"
-    assert checkpoint["classes"] == sorted(data.DEMO_SHAPES)
-    log = entries(out)
-    assert len(log) == 4 and log[-1]["mask_ratio"] == 0  # Table 11
-    assert log[0]["mask_ratio"] == pytest.approx(0.25 * (1 + np.cos(np.pi * 2 / 10)))
-
-
-def test_a_detection_run_leaves_detections_results_and_pictures(whole, videos):
-    out, notes = whole("finetune_ava"), videos / "ava" / "annotations"
-    results, checkpoint = json_of(out), checkpoint_of(out)
-    assert {"mAP", "per_class", "test_crop", "test_size", "init"} <= results.keys()
-    rows = list(csv.reader((out / "detections.csv").read_text().splitlines()))
-    given = csv.reader((notes / "ava_detection_val_boxes_and_labels.csv").read_text().splitlines())
-    boxes = {tuple(row[:6]) for row in given if float(row[7]) >= 0.8}
-    assert results["boxes"] == len(boxes) and results["unreadable"] == 0
-    assert len(rows) == len(boxes) * len(data.DEMO_ACTIONS) and len(entries(out)) == 4
-    assert re.fullmatch(r"val0000,0902(,[\d.]+){4},1,0\.\d{6}", ",".join(rows[0]))
-    assert checkpoint["classes"] == ACTIONS
-    assert checkpoint["config"]["rel_pos"] and checkpoint["model"]["blocks.0.attn.rel_pos_w"].any()
+def test_a_detection_run_leaves_detections_results_and_pictures(whole):
+    out = whole("finetune_ava")
+    rows, results = (out / "detections.csv").read_text().splitlines(), json_of(out)
+    assert re.fullmatch(r"val0000,0902(,[\d.]+){4},1,0\.\d{6}", rows[0])
+    assert len(rows) == 10 * len(data.DEMO_ACTIONS) and "per_class" in results
+    assert results.items() >= dict(boxes=10, keyframes=5, unreadable=0, init=None).items()
     assert "val0000_902.png" in os.listdir(out / "pictures")
 
 
-def test_kept_checkpoints_stay_and_a_log_line_has_a_mean(whole, videos, tmp_path, capsys):
-    line = line_of("mae_pretrain", videos, tmp_path, "--keep_epochs 7 --log_interval 5")
+def test_kept_checkpoints_stay_and_a_log_line_has_a_mean(videos, tmp_path, monkeypatch):
+    def noted(run, loss, *more, record=m.Run.record):
+        losses.append(loss.item())
+        record(run, loss, *more)
+
+    losses = []
+    monkeypatch.setattr(m.Run, "record", noted)
+    more = "--repeat_aug 1 --epochs 5.5 --keep_epochs 2.75"  # a step takes half an epoch
+    line = line_of("mae_pretrain", videos, tmp_path, more)
     assert run_stage("mae_pretrain", line) == ""
-    assert (
-        "steps 11, of videos 4, clips 16; at once 2;" in (out := capsys.readouterr().out)
-        and "warning: so few steps" in out
-    )
-    assert "next: python finetune_cls.py --data LABELLED_VIDEOS --model vit_demo --init" in out
-    kept = {"checkpoint_epoch10.pt": 5, "checkpoint_epoch20.pt": 10, "checkpoint_epoch22.pt": 11}
-    steps = {path.name: checkpoint_of(path)["step"] for path in tmp_path.glob("checkpoint_e*")}
-    assert steps == kept  # 2 epochs a step: at the log points after 7, 14 and 21
-    losses = {e["step"]: e["loss"] for e in entries(tmp_path)}
-    assert list(losses) == [5, 10, 11]
-    other = {e["step"]: e["loss"] for e in entries(whole("mae_pretrain"))}
-    total = 3 * other[3] + 3 * other[6] + 3 * other[9] + 2 * other[11]
-    assert 5 * losses[5] + 5 * losses[10] + losses[11] == pytest.approx(total)
-    more = "--batch_size 1 --repeat_aug 1 --epochs 0.375 --keep_epochs 0.125 --log_interval 1"
-    line = line_of("mae_pretrain", videos, tmp_path / "exact", more)
-    assert run_stage("mae_pretrain", line) == ""
-    before = contents(tmp_path / "exact")
-    assert {f"checkpoint_epoch{epoch}.pt" for epoch in (0.125, 0.25, 0.375)} < before.keys()
-    (tmp_path / "exact" / "checkpoint_epoch0.375.pt").unlink()  # a kill before it was written
-    assert run_stage("mae_pretrain", line) == "" and contents(tmp_path / "exact") == before
+    kept = {path.name: checkpoint_of(path)["step"] for path in tmp_path.glob("checkpoint_e*")}
+    assert kept == {"checkpoint_epoch3.pt": 6, "checkpoint_epoch5.5.pt": 11}  # at log points
+    means = [np.mean(losses[first : first + 3]) for first in (0, 3, 6, 9)]
+    assert [entry["loss"] for entry in entries(tmp_path)] == pytest.approx(means)
+    before = contents(tmp_path)
+    (tmp_path / "checkpoint_epoch5.5.pt").unlink()  # a kill before it was written
+    assert run_stage("mae_pretrain", line) == "" and contents(tmp_path) == before
 
 
 def test_each_multiple_of_a_tenth_of_an_epoch_counts():  # 0.3 // 0.1 is 2
@@ -197,46 +160,48 @@ def test_each_multiple_of_a_tenth_of_an_epoch_counts():  # 0.3 // 0.1 is 2
     assert all(m.Run.every(SimpleNamespace(done=step, **vars(run)), 0.1) for step in range(1, 11))
 
 
-@pytest.mark.parametrize("minutes, steps", [(100, [11]), (2, [6, 11])])
-def test_checkpoints_follow_the_clock_not_the_passes(minutes, steps, videos, tmp_path, monkeypatch):
+def test_checkpoints_follow_the_clock_not_the_passes(videos, tmp_path, monkeypatch):
     writes, save, record, waited = [], m.Run.save, m.Run.record, Mock()
     monkeypatch.setattr(m.Run, "record", lambda *a: [waited(), record(*a)])
-    clock = SimpleNamespace(perf_counter=lambda: 35.0 * waited.call_count)  # s in each step
-    monkeypatch.setattr(m, "time", clock)
+    monkeypatch.setattr(m, "time", Mock(perf_counter=lambda: 35.0 * waited.call_count))  # s a step
     monkeypatch.setattr(m.Run, "save", lambda *a, **b: [writes.append(a[0].done), save(*a, **b)])
-    line = line_of("mae_pretrain", videos, tmp_path, f"--save_minutes {minutes}")
-    assert run_stage("mae_pretrain", line) == "" and writes == steps
+    line = line_of("mae_pretrain", videos, tmp_path, "--save_minutes 2")
+    assert run_stage("mae_pretrain", line) == "" and writes == [6, 11]
     speed = [entry["clips_per_s"] for entry in entries(tmp_path)]
     assert speed == 4 * [4 * 4 / 35]  # 4 clips of each of 4 videos
 
 
-def test_a_plan_warns_of_what_looks_wrong(videos, tmp_path, monkeypatch, capsys):
+def test_a_plan_is_printed_with_what_looks_wrong_in_it(videos, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(mae_pretrain, "count_flops", lambda *_: 476e9)  # ViT-L's of a clip
     line = line_of("mae_pretrain", videos, tmp_path, "--img_size 28 --epochs 2")
     assert run_stage("mae_pretrain", line) == ""
     out = capsys.readouterr().out
+    assert "steps 1, of videos 4, clips 16; at once 2;" in out
+    assert "warning: so few steps teach little; try more --epochs or a smaller --batch" in out
     assert "warning: 4 of 28 rows and columns fill no patch and are dropped\n" in out
     assert "warning: a step takes 76 s on a CPU of 100 GFLOP/s\n" in out  # for 16 clips
-    assert (
-        "warning: so few steps teach little; try more --epochs or a smaller --batch_size\n" in out
-    )
+    assert "next: python finetune_cls.py --data LABELLED_VIDEOS --model vit_demo --init" in out
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_first_weights_follow_the_seed_and_the_sines(stage, videos, tmp_path, monkeypatch):
+def test_seed_and_sines_set_first_weights_that_a_probe_keeps(stage, videos, tmp_path, monkeypatch):
     def stop(args, plan, model, *_):
         models.append(dict(model.named_parameters()))
         raise m.InputError("enough")
 
     models = []
     monkeypatch.setattr(sys.modules[stage], "print_plan", stop)
-    for more in ("", "", "--seed 1"):
+    last = [] if stage == "mae_pretrain" else ["--layer_decay 0"]
+    for more in ("", "", "--seed 1", *last):
         assert "enough" in run_stage(stage, line_of(stage, videos, tmp_path, more))
-    one, same, other = models
+    one, same, other, *probes = models
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not torch.equal(one["blocks.0.mlp.fc1.weight"], other["blocks.0.mlp.fc1.weight"])
     for name in [name for name in one if name.endswith("pos_embed_temporal")]:
         assert torch.equal(one[name][0], m.sines(*one[name].shape[1:]))
+    for probe in probes:  # none in pre-training
+        trained = {name for name in probe if probe[name].requires_grad}
+        assert trained == {"head.weight", "head.bias", "norm.weight", "norm.bias"}
 
 
 def test_validation_takes_one_view_of_held_out_videos_amid_training(videos, tmp_path, monkeypatch):
@@ -250,51 +215,46 @@ def test_validation_takes_one_view_of_held_out_videos_amid_training(videos, tmp_
 
     seen, training, one_view, views = [], [(True, 4)], 5 * [(False, 1)], 5 * [(False, 6)]
     monkeypatch.setattr(finetune_cls, "test", tested)
-    more = "--epochs 3 --val_epochs 1.5 --log_interval 2"
+    more = "--epochs 3 --val_epochs 1.5 --log_interval 2 --mask_start 0.5"
     with register_module_forward_hook(note):
         assert run_stage("finetune_cls", line_of("finetune_cls", videos, tmp_path, more)) == ""
     assert seen == 4 * training + one_view + 2 * training + one_view + views
     top1 = {entry["step"]: entry["val_top1"] for entry in entries(tmp_path) if "val_top1" in entry}
     assert top1 == {2: 12.5 * 9, 3: 12.5 * 16} and json_of(tmp_path)["top1"] == 12.5 * 21
+    ratios = [entry["mask_ratio"] for entry in entries(tmp_path) if "loss" in entry]
+    assert ratios == pytest.approx([0.25, 0])  # halfway, and at the end (Table 11)
 
 
 @pytest.mark.parametrize("mixup, cutmix", [(0.8, 0), (0, 1.0), (0, 0)])
-def test_clips_are_mixed_with_their_neighbours_in_one_way_or_not_at_all(mixup, cutmix):
+def test_clips_are_mixed_in_one_way_or_not_at_all_nor_are_those_of_one_video(mixup, cutmix):
     args, label = SimpleNamespace(mixup=mixup, cutmix=cutmix, repeat_aug=2), torch.arange(4) // 2
-    shades = torch.tensor([10, 20, 110, 120]).byte()  # of two clips of each of two videos
-    video = shades.view(4, 1, 1, 1, 1).expand(4, 3, 2, 8, 8)
-    own, plain = m.normalize(shades[[0, 2, 1, 3]]), torch.eye(4)[[0, 1, 0, 1]]  # of two videos
-    for seed in range(9):
-        torch.manual_seed(seed)
-        mixed, target = finetune_cls.mix_clips(video, label, 4, args)
-        if not mixup and not cutmix:
-            return assert_close((mixed, target), (m.normalize(video), torch.eye(4)[label]))
-        share = target[0, 0]
-        assert_close(target, share * plain + (1 - share) * plain.roll(1, 0))
-        assert_close(mixed.mean((1, 2, 3, 4)), share * own + (1 - share) * own.roll(1))
-        assert mixup or torch.isin(mixed, own).all()  # each pixel is of one clip
-        assert cutmix or (mixed == mixed[..., :1, :1]).all()
-    mixed, target = finetune_cls.mix_clips(video[:2], label[:2], 4, args)  # clips of one video
-    assert torch.equal(mixed, m.normalize(video[:2])) and torch.equal(target, plain[[0, 0]])
+    video = 60 * torch.arange(4).byte().view(4, 1, 1, 1, 1).expand(4, 3, 2, 8, 8)  # of two videos
+    own, plain = m.normalize(video), torch.eye(4)[label]
+    torch.manual_seed(0)
+    mixed, target = finetune_cls.mix_clips(video, label, 4, args)
+    assert torch.isin(mixed, own).all() == (not mixup)  # each pixel is of one clip
+    assert (mixed == mixed[..., :1, :1]).all() == (not cutmix)
+    assert_close(finetune_cls.mix_clips(video[:2], label[:2], 4, args), (own[:2], plain[:2]))
+    if not mixup and not cutmix:
+        assert_close((mixed, target), (own, plain))
 
 
-@pytest.mark.parametrize("img_size", [24, 999])  # handed over together, and, above 8 MiB, singly
-def test_clips_of_a_video_are_side_by_side_however_large_a_batch_is(img_size):
+def test_clips_of_a_video_are_side_by_side_though_a_large_batch_is_handed_over_in_parts():
     class Stub(data.TrainDataset):
         def load(self, index, _):
             clips = torch.tensor([index, -index]).view(2, 1, 1, 1, 1).expand(2, 1, 1, 1, 3)
             return {"video": clips, "label": torch.full((2,), index), "boxes": [clips]}
 
-    line = f"--model vit_demo --img_size {img_size} --batch_size 4 --micro_batch 2 --num_workers 0"
+    line = "--model vit_demo --img_size 999 --batch_size 4 --micro_batch 2 --num_workers 0"
     args = settled(mae_pretrain, line)
     batches = data.Batches(Stub(range(6), args), m.make_plan(args, 6, 2), torch.device("cpu"), 0)
+    assert batches.parts == 2
     for step in range(3):
         indices = [index for _, index in batches.keys(step, 0)]
         for a, b in (indices[:2], indices[2:]):
             batch = next(batches)
-            assert batch["video"].shape == (4, 3, 1, 1, 1) and len(batch["boxes"]) == 2
             assert batch["video"][:, 0].flatten().tolist() == [a, -a, b, -b]
-            assert batch["label"].tolist() == [a, a, b, b]
+            assert batch["label"].tolist() == [a, a, b, b] and len(batch["boxes"]) == 2
 
 
 def test_copies_to_a_device_wait_unless_it_is_a_gpu(monkeypatch):
@@ -305,40 +265,19 @@ def test_copies_to_a_device_wait_unless_it_is_a_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_blocks_are_compiled_and_compute_in_bf16_if_asked_for(stage, videos, tmp_path, monkeypatch):
-    def note(module, _, output):
-        if isinstance(module, torch.nn.Linear) and module.training and not output.is_meta:
+def test_compiled_blocks_use_bf16_and_bad_gradients_end_runs(stage, videos, tmp_path, monkeypatch):
+    def harm(module, _, output):
+        if isinstance(module, torch.nn.Linear) and output.requires_grad and not output.is_meta:
             seen.add(output.dtype)
+            output.register_hook(lambda gradient: gradient * np.inf)
 
     seen, compiled = set(), []
     monkeypatch.setattr(m.Block, "compile", lambda block: compiled.append(block))
     line = line_of(stage, videos, tmp_path, "--epochs 2 --precision bf16 --compile")
-    with register_module_forward_hook(note):
-        assert run_stage(stage, line) == ""
-    assert seen == {torch.bfloat16} and len(set(compiled)) == 4 + (stage == "mae_pretrain")
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(stage, videos, tmp_path):
-    def harm(module, _, output):
-        if isinstance(module, torch.nn.Linear) and output.requires_grad:
-            output.register_hook(lambda gradient: gradient * np.inf)
-
     with register_module_forward_hook(harm):
-        message = run_stage(stage, line_of(stage, videos, tmp_path, "--epochs 2"))
+        message = run_stage(stage, line)
+    assert seen == {torch.bfloat16} and len(set(compiled)) == 4 + (stage == "mae_pretrain")
     assert re.search(r"loss \d+\.\d+, gradient norm (nan|inf)", message), message
-
-
-@pytest.mark.parametrize("stage", ["finetune_cls", "finetune_ava"])
-def test_a_linear_probe_leaves_all_but_the_head_and_its_norm(stage, videos, tmp_path, whole):
-    init = whole("mae_pretrain")
-    line = line_of(stage, videos, tmp_path, "--layer_decay 0 --epochs 2 --init", init)
-    assert run_stage(stage, line) == ""
-    old, new = checkpoint_of(init)["model"], checkpoint_of(tmp_path)["model"]
-    changed = {name for name in old.keys() & new.keys() if not torch.equal(old[name], new[name])}
-    assert changed == {"norm.weight", "norm.bias"}
-    groups = checkpoint_of(tmp_path)["optimizer"]["param_groups"]
-    assert {n for g in groups for n in g["param_names"]} == {"head.weight", "head.bias", *changed}
 
 
 def test_a_batch_without_any_box_is_no_error(videos, tmp_path, monkeypatch):
@@ -365,12 +304,6 @@ def test_a_test_takes_all_from_the_checkpoint_and_flags_win(whole, tmp_path):
     assert (args.data, args.videos, args.views) == ("data/ssv2", None, (2, 3))
     args = settled(mae_pretrain, f"--visualize a --init {whole('mae_pretrain')}")
     assert args.decoder_embed_dim == 32 and args.output_dir.endswith("/visualize")
-
-
-GATHER = """
-gather = m.gather  # not for lists of 240,000 videos, which then go from each process to each
-m.gather = lambda value: gather(value) if not hasattr(value, "unit") else sys.exit("a list")
-"""
 
 
 @pytest.mark.parametrize("stage", ["finetune_cls", "finetune_ava"])
@@ -410,8 +343,6 @@ def test_views_are_averaged_after_the_softmax_all_of_them(videos):
     paths = [next((videos / "val").iterdir())]
     scores, _ = finetune_cls.predict(classifier, data.VideoList("", "", paths), args, (2, 3), 4)
     assert_close(scores[0], logits.softmax(1).mean(0))
-    shapes = [tuple(call.args[0].shape) for call in classifier.call_args_list]
-    assert shapes == [(4, 3, 16, 24, 24), (2, 3, 16, 24, 24)]
 
 
 def with_bias(checkpoint, bias, path):
@@ -427,9 +358,9 @@ def test_each_action_has_a_sigmoid_of_its_own(whole, tmp_path):
     bias = torch.linspace(-3, 3, 80)
     init = with_bias(whole("finetune_ava"), bias, tmp_path / "a.pt")
     assert run_stage("finetune_ava", f"--eval --init {init} --output_dir {tmp_path}") == ""
-    with open(tmp_path / "detections.csv") as file:
-        scores = {int(action): float(score) for *_, action, score in csv.reader(file)}
-    expected = {action: bias[action - 1].sigmoid().item() for action in ACTIONS}
+    rows = [row.split(",") for row in (tmp_path / "detections.csv").read_text().split()]
+    scores = {int(action): float(score) for *_, action, score in rows}
+    expected = {action: bias[action - 1].sigmoid().item() for action in range(1, 13)}
     assert scores == pytest.approx(expected, abs=1e-5)
 
 
@@ -456,7 +387,7 @@ def test_eval_and_score_give_the_figure_of_the_run(whole, videos, tmp_path, caps
     run, notes = whole("finetune_ava"), videos / "ava" / "annotations"
     line, expected = f"--eval --init {run} --output_dir {tmp_path}", json_of(run)
     assert run_stage("finetune_ava", line, "--test_crop center --test_size 32") == ""
-    settings = dict(test_crop="center", test_size=32, boxes=expected["boxes"])
+    settings = dict(test_crop="center", test_size=32, boxes=10, init=str(run))
     assert settings.items() < json_of(tmp_path).items()
     assert run_stage("finetune_ava", line) == ""
     truth, here, empty = notes / "ava_val_v2.2.csv", tmp_path / "here.csv", tmp_path / "empty.csv"
@@ -523,45 +454,25 @@ def test_pictures_show_real_colours_and_leave_visible_patches_alone(whole, monke
         assert (output.int() - original.int()).abs().max() <= 1
 
 
-BAD = {  # what is added to a good line, and what is said; words in capitals: see below
-    "mae_pretrain": [
-        ("--data absent", r"(?s)absent: no folder or list.*youtube_id.*--dataset demo"),
-        ("--data broken --num_workers 1", r"20 videos in a row(?s:.*\n  .*[ab].mp4: cannot.*){2}"),
-        ("--mask_ratio 0.99", r"a mask ratio of 0.99 leaves 0 of 72 tokens"),
-        ("--output_dir text.mp4/run", r"Not a directory: 'text.mp4/run"),
-        ("--device gpu", r"--device gpu: .*device type.*gpu$"),
-        ("--img_size 4", r"clips of 16 frames and 4 pixels are smaller than a tubelet"),
-        ("--decoder_embed_dim 30 --decoder_num_heads 4", r"30 is not divisible by 4 heads"),
-        ("--init NAN", r"mae_pretrain.pt: cls_token is not a tensor of finite floats"),
-    ],
-    "finetune_cls": [
-        ("--num_classes 3", r"8 classes, not 3; if intended, use --num_classes 8"),
-        ("--data lists/train.csv", r"train.csv: a single list; give the folder"),
-        ("--data absent --eval", r"--eval needs --init CHECKPOINT, from finetune_cls$"),
-        ("--data other --eval --init CLS", r"zebra.*not among the 8 classes"),
-        ("--data lists --eval --init CLS", r"(9.*not among the 8 classes|9.*outside 0..7)"),
-        ("--eval --init NAN", r"finetune_cls.pt: cls_token is not a tensor of finite floats"),
-        ("--predict a.mp4 --init NAN", r"finetune_cls.pt: cls_token is not a tensor"),
-        ("--eval --init MAE", r"a checkpoint of mae_pretrain, not of finetune_cls"),
-    ],
-    "finetune_ava": [
-        ("--score other.csv SCORE", r"the detections are of other keyframes, such as"),
-        ("--predict a.mp4 --init NAN", r"--predict needs --boxes CSV"),
-        ("--video_start 0", r"(?s)20 videos in a row.*has no second 90\d: .*--video_start says"),
-        ("--data absent", r"(?s)absent: no ground_truth of train in it; expected.*ava_train_v2.2"),
-    ],
-}
-
-
-CASES = [(stage, *row) for stage, rows in BAD.items() for row in rows]
-
-
-@pytest.mark.parametrize("stage, line, error", CASES)
+@pytest.mark.parametrize("stage, line, error", [  # added to a good line; capitals: see below
+    ("mae_pretrain", "--data broken --num_workers 1", r"20 videos in a row(?s:.*\n  .*[ab].mp4: cannot.*){2}"),
+    ("mae_pretrain", "--mask_ratio 0.99", r"a mask ratio of 0.99 leaves 0 of 72 tokens"),
+    ("mae_pretrain", "--output_dir text.mp4/run", r"Not a directory: 'text.mp4/run"),
+    ("mae_pretrain", "--device gpu", r"--device gpu: .*device type.*gpu$"),
+    ("mae_pretrain", "--img_size 4", r"clips of 16 frames and 4 pixels are smaller than a tubelet"),
+    ("mae_pretrain", "--decoder_embed_dim 30 --decoder_num_heads 4", r"30 is not divisible by 4 heads"),
+    ("finetune_cls", "--num_classes 3", r"8 classes, not 3; if intended, use --num_classes 8"),
+    ("finetune_cls", "--data lists/train.csv", r"train.csv: a single list; give the folder"),
+    ("finetune_cls", "--data absent --eval", r"--eval needs --init CHECKPOINT, from finetune_cls$"),
+    ("finetune_cls", "--data other --eval --init CLS", r"zebra.*not among the 8 classes"),
+    ("finetune_cls", "--eval --init MAE", r"a checkpoint of mae_pretrain, not of finetune_cls"),
+    ("finetune_ava", "--score other.csv", r"the detections are of other keyframes, such as"),
+    ("finetune_ava", "--predict a.mp4 --init finetune_ava.pt", r"--predict needs --boxes CSV"),
+    ("finetune_ava", "--video_start 0", r"(?s)20 videos in a row.*has no second 90\d: .*--video_start says"),
+])  # fmt: skip
 def test_bad_input(stage, line, error, bad_files, videos, whole, monkeypatch):
     monkeypatch.chdir(bad_files)
-    truth, actions = ((videos / "ava").rglob(name) for name in ("ava_val_v*.csv", "*.pbtxt"))
-    names = {"SCORE": f"--ground_truth {next(truth)} --action_list {next(actions)}"}
-    names |= dict(MAE=whole("mae_pretrain"), CLS=whole("finetune_cls"), NAN=f"{stage}.pt")
+    names = dict(MAE=whole("mae_pretrain"), CLS=whole("finetune_cls"))
     line = re.sub("[A-Z]{3,}", lambda word: str(names.get(word[0], word[0])), line)
     message = run_stage(stage, line_of(stage, videos, "out", line))
     assert message.startswith(f"{stage}.py: error: ") and re.search(error, message), message
@@ -583,8 +494,6 @@ def test_each_stage_makes_its_own_demo_of_what_its_labels_say(tmp_path, monkeypa
         assert args.data == f"data/demo/{stage}" and os.path.isdir(args.data)
         seeds += [scene["seed"] for _, scene in tasks]
         things = [scene["things"][0] for _, scene in tasks]
-        if stage != "finetune_ava":
-            assert len({thing[:2] for thing in things[:32]}) == 8 * 4  # every shape in every motion
         if stage == "finetune_cls":
             assert [path.parent.name for path, _ in tasks] == [shape for shape, *_ in things]
     assert len(set(seeds)) == 34 + 34 + 11  # none is held out and trained on
@@ -609,19 +518,12 @@ def test_the_boxes_of_the_demo_hold_things_that_move_as_is_said(motion, monkeypa
         assert (abs(across) > 7) == (motion == "slides") and (growth > 50) == (motion == "swells")
 
 
-README = (ROOT / "README.md").read_text()
-
-
-def test_the_features_example_of_the_readme_runs(videos, tmp_path, monkeypatch, capsys):
+def test_the_features_example_of_the_readme_runs(videos, whole, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    args = settled(mae_pretrain, "--dataset demo")
-    config = mae_pretrain.model_config(args)
-    mae = m.MAE(**config)
-    os.makedirs(args.output_dir)
-    torch.save(dict(model=mae.state_dict(), config=config), f"{args.output_dir}/checkpoint.pt")
+    shutil.copytree(whole("mae_pretrain"), settled(mae_pretrain, "--dataset demo").output_dir)
     os.symlink(videos / "train" / "train0_000005_000008.mp4", "a.mp4")
     exec(re.search(r"```python\n(.*?)```", README, re.S)[1], {})
-    assert f"[1, {np.prod(mae.grid)}, 128]) torch.Size([1, 128])\n" in capsys.readouterr().out
+    assert "[1, 72, 128]) torch.Size([1, 128])\n" in capsys.readouterr().out
 
 
 def test_every_flag_and_name_in_the_readme_exists(capsys):
