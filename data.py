@@ -4,9 +4,9 @@ Read from top to bottom:
 
     lists      what is on disk becomes a VideoList                        (README, "Data layouts")
     decoding   from wanted times to frames, from frames to a clip of pixels                 (PyAV)
-    sampling   which clips of a video, and their crop and flip                    (Tables 5 and 6)
+    sampling   which clips of a video, and their crop and flip                 (Tables 5 to 7, 9)
     batches    which videos make a step, on which process; loading them
-    demo       small H.264 videos, made here, in the layouts of the real data sets
+    demo       small H.264 videos, made here, in the layouts of the real data sets; writing files
 
 A clip is (T, H, W, 3), as pictures are stored, until model_order turns a batch of them to what the
 model takes. A sample depends on (seed, pass over the list, index, repeat) alone: workers and
@@ -41,15 +41,15 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.io import encode_png
 from torchvision.transforms import RandomResizedCrop
 
-from model import InputError, append, autocast, check_failures, gather, progress, rank, world_size
-from model import writing
+from model import InputError, append, atomic_write, autocast, check_failures, gather, progress, rank
+from model import world_size
 
 FPS = 30  # --sampling_rate counts in frames of this rate: 16 frames, every 4th, span 64 / 30 s
 SPLITS = {"train": ["train"], "val": ["val", "validate", "validation"]}  # their names on disk
 VIDEO_SUFFIXES = "mp4|mkv|webm|avi|mov|m4v|mpg|mpeg|flv|wmv|3gp|ts"
 is_video = re.compile(rf"(?is)^(?!\._).*\.({VIDEO_SUFFIXES})$").match  # macOS adds ._a.mp4
-# Hidden files, videos and archives may be named after a split, too.
-is_no_list = re.compile(rf"(?i)\.|.*\.({VIDEO_SUFFIXES}|zip|tar|gz)$").match
+# Never lists, though they may be named after a split: hidden files, videos and archives.
+is_ignored = re.compile(rf"(?i)\.|.*\.({VIDEO_SUFFIXES}|zip|tar|gz)$").match
 
 LAYOUTS = """\
   DATA/train.csv                'path label' lines (blank, comma or tab; a label is a number or a
@@ -68,7 +68,7 @@ def stateless_seed(*numbers):
     """A seed derived from integers >= 0 alone, such as (seed, pass, index, repeat)."""
     # Their count comes first, or (seed, pass) would equal (seed, pass, 0, 0).
     state = np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, np.uint64)
-    return state.item() >> 1
+    return state.item() >> 1  # 63 bits
 
 
 # ----------------------------------------------------------------------------------------- lists
@@ -78,8 +78,8 @@ def stateless_seed(*numbers):
 class VideoList:
     """The videos of a data set."""
 
-    source: object  # the file or folder the list was made from
-    root: object  # the folder below which the paths are
+    source: Path  # the file or folder the list was made from
+    root: Path  # the folder below which the paths are
     paths: np.ndarray  # an array: 240,000 Python strings would be copied into every worker
     labels: np.ndarray = None
     class_names: list = None
@@ -98,7 +98,7 @@ class VideoList:
 def find_videos(args, split, classes=0):
     """Find the videos of a split in --data, which has any of LAYOUTS; returns a VideoList.
 
-    classes: names or number of the classes that labels must fit; None: any; 0: labels are optional.
+    classes: names, or their number, that labels must fit; None: any; 0: labels may be missing.
     Raises InputError if nothing fits.
     """
     data = Path(args.data)
@@ -118,8 +118,8 @@ def find_videos(args, split, classes=0):
         pairs = read_folders(root, split)
         # Without train/ and val/, DATA itself is a folder of videos, to train on without labels.
         if not folders and (split == "val" or classes != 0):
-            class_folders = None not in dict(pairs).values() and not (data / "train").is_dir()
-            if pairs and class_folders:
+            in_classes = pairs and None not in dict(pairs).values()
+            if in_classes and not (data / "train").is_dir():
                 raise InputError(f"{data}: has class folders, but not in folders train/ and val/")
             pairs = pairs if split == "train" else []
     if not pairs:
@@ -138,7 +138,7 @@ def find_videos(args, split, classes=0):
     if isinstance(labels[0], str):
         names = names or sorted(set(labels))
         numbers = {name: number for number, name in enumerate(names)}
-        labels = [numbers.get(label, len(names)) for label in labels]
+        labels = [numbers.get(label, len(names)) for label in labels]  # unknown: see below
     count = len(names) if names else classes or max(labels) + 1
     if isinstance(classes, int) and classes not in (0, count):
         text = f"{count} classes, not {classes}; if intended, use --num_classes {count}"
@@ -159,7 +159,7 @@ def find_list(folder, split):
     for name in ("", *LIST_FOLDERS):
         for file in sorted((folder / name).glob("*.*")):
             listed = re.split("[-_]", file.stem)[-1] in SPLITS[split]
-            if listed and file.is_file() and not is_no_list(file.name):
+            if listed and file.is_file() and not is_ignored(file.name):
                 return file
     return None
 
@@ -185,26 +185,28 @@ def read_entries(file, convert, expected, parse=None, unit="line"):
         raise InputError(f"{place}: {error}; expected {expected}, in UTF-8") from None
 
 
-LINES = "'path label' or 'path,label', or label,youtube_id,time_start,time_end,split with a header"
+LIST_FORMATS = (
+    "'path label' or 'path,label', or label,youtube_id,time_start,time_end,split with a header"
+)
 
 # A list reader takes (file, folder of the videos, split). It returns None for a format it does not
 # know, else pairs of a path and a label: a name, a number or None.
 
 
 def read_kinetics(file, root, split):
-    """The official csv: rows of label,youtube_id,time_start,time_end,split, in any order."""
-    header = next(read_entries(file, list, LINES), [])
+    """The official csv: label,youtube_id,time_start,time_end,split, columns in any order."""
+    header = next(read_entries(file, list, LIST_FORMATS), [])
     if "youtube_id" not in header:
         return None
 
     def convert(row):
         row = dict(zip(header, row))
         if row["youtube_id"] == "youtube_id" or (row.get("split") or split) not in SPLITS[split]:
-            return None  # the header, or another split
+            return None  # the header itself, or another split
         start, end = (int(float(row[name])) for name in ("time_start", "time_end"))
         return f"{row['youtube_id']}_{start:06d}_{end:06d}", row.get("label") or None
 
-    return match_files(file, root, split, list(read_entries(file, convert, LINES)))
+    return match_files(file, root, split, list(read_entries(file, convert, LIST_FORMATS)))
 
 
 def read_ssv2(file, root, split):
@@ -250,7 +252,7 @@ def read_list(file, root, split):
             raise ValueError("no path with a suffix, or no label")
         return match[1].replace('""', '"'), int(match[2]) if match[2].isdecimal() else match[2]
 
-    pairs = list(read_entries(file, convert, LINES, parse))
+    pairs = list(read_entries(file, convert, LIST_FORMATS, parse))
     for path, label in pairs:
         if type(label) is not type(pairs[0][1]):
             raise InputError(
@@ -282,7 +284,7 @@ def files_below(folder):
     found = []
     seen = set()
     folders = [""]
-    for name in folders:  # which grows: no recursion, however deep they are
+    for name in folders:  # which grows: breadth first, so real folders come before links to them
         listing = next(os.walk(os.path.join(folder, name), onerror=print), None)
         if listing is None:
             continue
@@ -313,13 +315,12 @@ def match_files(file, root, split, pairs):
 
 
 DECODE_LIMIT = 60.0  # seconds that decoding one video may take
-LARGEST = 2**25  # pixels of a frame, as 8K has: a damaged header may claim any number
-READ_THROUGH = 10.0  # seconds between wanted frames above which a seek is cheaper than reading on
+MAX_PIXELS = 2**25  # of a frame, as 8K has: a damaged header may claim any number
+SEEK_GAP = 10.0  # seconds between wanted frames above which a seek is cheaper than reading on
 REORDER = 16  # frames a decoder may hold back for reordering; H.264 allows no more
-PACKETS = 2**11  # that are kept in memory, to choose from
-STREAMS = "mpegts", "mpeg", "flv"  # formats without an index: files may be cut or joined anywhere
-COVER = av.stream.Disposition.attached_pic
-WHOLE = 2**27  # bytes of such a file that are read through, to find its end
+MAX_PACKETS = 2**11  # kept in memory, to choose from
+NO_INDEX = "mpegts", "mpeg", "flv"  # formats whose files may be cut or joined anywhere
+MAX_READ = 2**27  # bytes of a file without an index that is read through, to find its end
 FORMATS = ",".join(av.formats_available - {"concat", "dash", "hls", "imf", "sdp"})  # no playlists
 
 
@@ -329,7 +330,7 @@ class VideoError(InputError):
 
 @contextlib.contextmanager
 def video_errors(failure):
-    """Whatever goes wrong inside PyAV is a VideoError, with the file's reason."""
+    """Turn any exception inside into a VideoError, with FFmpeg's reason if it has one."""
     try:
         yield
     except VideoError:
@@ -343,13 +344,13 @@ class Video:
     """An open video file; use it in a with statement. Raises VideoError if it cannot be opened.
 
     Files lie, so none is believed. A fast pass chooses packets by their stamps and skips the rest.
-    It counts if all wanted frames came out, none was damaged, and each piece decoded after a seek
-    began with an intra picture. If not, a careful pass decodes everything from ten seconds earlier
-    and takes the nearest of the frames that came out, by their own stamps. If that pass did not
-    begin with an intra picture, or one of these is damaged, it starts at the start of the file.
+    It is used if all wanted frames came out, none damaged or interlaced, and each run of packets
+    began with an I-frame. If not, a careful pass decodes everything from ten seconds earlier on and
+    takes the nearest frames, by their own stamps. If it did not begin with an I-frame, or one of
+    the nearest is damaged, it is repeated from the start of the file.
 
     duration: seconds. Times count from the first frame, whatever time stamp the file gives it.
-    second: time stamps (packet.pts, frame.pts) per second, 1 / time_base.
+    second: a second in units of time_base, as packet.pts and frame.pts are.
     """
 
     container = None
@@ -360,16 +361,16 @@ class Video:
     def __init__(self, path):
         self.path = path
         self.deadline = time.monotonic() + DECODE_LIMIT
-        stamps = self.stamps(-math.inf, -math.inf)  # opens it; of the first packets alone
+        stamps = self.stamps(-math.inf, -math.inf)  # of the first packets; opens the file
         name = self.container.format.name
         self.reorders = name == "avi" and self.codec.has_b_frames  # its stamps are decoding times
-        # A file may begin inside a group of pictures: look for the first frame that comes out.
-        if name in STREAMS or [*stamps][:1] != sorted(stamps)[:1]:
+        # A file may begin inside a group of pictures: find the first frame that comes out.
+        if name in NO_INDEX or [*stamps][:1] != sorted(stamps)[:1]:
             stamps, _ = self.decode_all([-1e15])  # nearest to long ago
         if not stamps:
             raise VideoError("has no time stamps; to add some: ffmpeg -i a.h264 -c copy a.mp4")
         self.start = min(stamps)
-        whole = name in STREAMS and os.path.getsize(path) < WHOLE
+        whole = name in NO_INDEX and os.path.getsize(path) < MAX_READ
         tail = {} if whole else self.stamps(1e6 * self.second)  # from the last key frame on
         end = max((tail or self.stamps(-math.inf)).values())
         self.duration = (end - self.start) / self.second
@@ -384,12 +385,13 @@ class Video:
             str(self.path), metadata_errors="ignore", timeout=DECODE_LIMIT, options=options
         )
         streams = self.container.streams.video
-        streams = [s for s in streams if s.codec_context and not s.disposition & COVER]
+        cover = av.stream.Disposition.attached_pic
+        streams = [s for s in streams if s.codec_context and not s.disposition & cover]
         if not streams:
             raise VideoError("has no video stream that can be decoded")
         self.stream = streams[0]
         self.codec = self.stream.codec_context
-        if self.codec.width * self.codec.height > LARGEST:
+        if self.codec.width * self.codec.height > MAX_PIXELS:
             raise VideoError(f"has frames of {self.codec.width} x {self.codec.height} pixels")
         self.codec.thread_count = 1  # the workers are the threads
         self.second = float(1 / self.stream.time_base)
@@ -402,15 +404,15 @@ class Video:
         self.container.close()
 
     def packets(self, first, last):
-        """Read from the key frame before time stamp `first` to `last`, and on as far as frames can
-        be out of order; -inf: from the start of the file.
+        """Packets from the key frame before time stamp `first` (-inf: the start of the file) until
+        REORDER shown ones came after `last`.
 
         Where files were joined and stamps start again, they are made to go on.
         """
         try:
             self.container.seek(int(first), stream=self.stream)  # empties the decoder, too
         except Exception:
-            self.open()  # not open yet, -inf, or no seek is possible: begin at the start
+            self.open()  # not open yet, -inf, or it cannot seek: begin at the start
         packets = self.container.demux(self.stream)
         shift = later = 0  # what stamps go on by; shown packets after `last`
         latest = -math.inf
@@ -447,7 +449,7 @@ class Video:
         """
         times = self.start + np.clip(times, 0, self.duration) * self.second
         ordered = np.unique(times)
-        far = np.flatnonzero(np.diff(ordered) > READ_THROUGH * self.second) + 1
+        far = np.flatnonzero(np.diff(ordered) > SEEK_GAP * self.second) + 1
         found = {}
         damaged = 0
         for group in np.split(ordered, far):
@@ -472,22 +474,22 @@ class Video:
         None if anything looks off.
         """
         packets = self.packets(times[0] - self.second, times[-1])
-        packets = list(itertools.islice(packets, PACKETS))
+        packets = list(itertools.islice(packets, MAX_PACKETS))
         shown = {p.pts for p in packets if not p.is_discard}
-        if len(packets) == PACKETS or None in shown or min(shown, default=math.inf) > times[0]:
+        if len(packets) == MAX_PACKETS or None in shown or min(shown, default=math.inf) > times[0]:
             return None
         wanted = set(nearest(shown, times))
-        chosen = [None]  # from the last to the first; None: a gap, or the end
-        earliest = math.inf  # of the wanted time stamps whose key frame is still to come
+        chosen = [None]  # from last to first; None: flush the decoder, at a gap or the end
+        earliest = math.inf  # of the wanted time stamps seen, until their key frame is reached
         for packet in reversed(packets):
             if packet.pts in wanted:
                 earliest = min(earliest, packet.pts)
             chosen.append(packet if earliest < math.inf else None)
-            # Frames shown before a key frame may need those before it: go on to an earlier one.
+            # In an open GOP, frames shown before the key frame need the GOP before it, too.
             if packet.is_keyframe and packet.pts <= earliest:
                 earliest = math.inf
         found = {}
-        begins = True  # until a piece's first frame came out, which must be an intra picture
+        broken = True  # until a run of packets has begun with an I-frame
         for packet, _ in itertools.groupby(reversed(chosen)):  # one None for each gap
             if self.codec.name == "h264":  # leave out what is neither wanted nor referred to
                 skip = packet and packet.pts not in wanted
@@ -497,15 +499,15 @@ class Video:
             except av.error.FFmpegError:
                 return None
             for frame in out:
-                begins = begins and frame.pict_type != PictureType.I
+                broken = broken and frame.pict_type != PictureType.I
                 # Interlaced: a packet may be one field, half a frame.
-                if begins or frame.is_corrupt or frame.interlaced_frame:
+                if broken or frame.is_corrupt or frame.interlaced_frame:
                     return None
                 if frame.pts in wanted:
                     found[frame.pts] = frame
             if packet is None:
                 self.codec.flush_buffers()
-                begins = True
+                broken = True
         return found if len(found) == len(wanted) else None
 
     def decode_all(self, times, lead=math.inf):
@@ -514,7 +516,7 @@ class Video:
         """
         found = {}  # the intact frames nearest to times, so far
         damaged = [1e99]  # stamps of what is damaged; the first is far from all times
-        intra = lead == math.inf or None  # whether it began with an intra picture; None: not known
+        intra = lead == math.inf or None  # False: not begun by an I-frame; None: not known yet
         waiting = []  # frames that came out, not looked at yet
         later = 0  # frames shown after the last time
         packets = self.packets(times[0] - lead * self.second, math.inf)
@@ -522,7 +524,7 @@ class Video:
             try:  # None: what the decoder still holds
                 waiting += [frame for frame in self.codec.decode(packet) if frame.pts is not None]
             except av.error.FFmpegError:
-                damaged.append((packet and packet.pts) or 1e99)
+                damaged.append(1e99 if packet is None or packet.pts is None else packet.pts)
             if self.reorders:  # the lowest time of decoding belongs to the first frame shown
                 for frame, stamp in zip(waiting, sorted(frame.pts for frame in waiting)):
                     frame.pts = stamp
@@ -554,7 +556,7 @@ def upright_size(frame):
     return size[::-1] if frame.rotation % 180 == 90 else size
 
 
-@video_errors("cannot be cut and scaled")
+@video_errors("cannot be cropped and scaled")
 def to_clip(frames, size, box=None, flip=False):
     """Crop, scale, flip and convert frames: T av.VideoFrame -> uint8 RGB (T, height, width, 3).
 
@@ -563,18 +565,18 @@ def to_clip(frames, size, box=None, flip=False):
     if FFmpeg cannot do this.
     """
     first = frames[0]
-    kind = first.format
-    # The graph would cut and scale palettes, and RGB of 15 bits, with their few colours.
-    kind = "rgb24" if kind.is_rgb or kind.has_palette else kind.name
+    pix_fmt = first.format
+    # Palettes and 15-bit RGB would be scaled in their few colors: convert them first.
+    pix_fmt = "rgb24" if pix_fmt.is_rgb or pix_fmt.has_palette else pix_fmt.name
     top, left, height, width = box or (0, 0, *upright_size(first))
     turns = {90: ["transpose=cclock"], 180: ["hflip", "vflip"], 270: ["transpose=clock"]}
     steps = [
-        f"buffer=width={first.width}:height={first.height}:pix_fmt={kind}"
+        f"buffer=width={first.width}:height={first.height}:pix_fmt={pix_fmt}"
         f":colorspace={first.colorspace}:range={first.color_range}:time_base=1/{FPS}",
         *turns.get(first.rotation % 360, []),
         f"crop={width}:{height}:{left}:{top}",
         f"scale={size[1]}:{size[0]}:flags=bilinear",
-        f"format={kind}",  # RGB comes next: together, they take twice as long
+        f"format={pix_fmt}",  # scale, then convert: both in one step take twice as long
         "format=rgb24",
         *["hflip"] * flip,
         "buffersink",
@@ -585,7 +587,7 @@ def to_clip(frames, size, box=None, flip=False):
 
     @functools.cache  # frames may repeat
     def picture(frame):
-        graph.push(frame.reformat(first.width, first.height, kind))  # the size may change
+        graph.push(frame.reformat(first.width, first.height, pix_fmt))  # the size may change
         return torch.from_numpy(graph.pull().to_ndarray())
 
     return torch.stack([picture(frame) for frame in frames])
@@ -742,9 +744,9 @@ def permutation(length, seed, pass_number):
 
 def collate(samples, device="cpu"):
     """Join samples, or batches: tensors along their first dimension, lists end to end. Tensors,
-    also those in lists, are moved to the device before.
+    those in lists, too, are moved to the device first.
     """
-    on_gpu = torch.device(device).type == "cuda"  # elsewhere, not to wait can read too early
+    on_gpu = torch.device(device).type == "cuda"  # on MPS, a copy may be read before it is done
 
     def move(value):
         return value.to(device, non_blocking=on_gpu) if torch.is_tensor(value) else value
@@ -777,21 +779,21 @@ class Batches:
         self.device = device
         # Workers hand over one video at a time, since whole batches need far more shared memory;
         # small ones go together, since each hand-over takes a millisecond.
-        clips = plan.clips // args.batch_size * plan.micro_batch  # in a micro-batch
+        clips = plan.clips // args.batch_size * plan.micro_batch  # repeats x videos at once
         small = clips * args.num_frames * args.img_size**2 * 3 < 2**23  # bytes
-        self.parts = 1 if small else plan.micro_batch  # that make a micro-batch
-        together = plan.micro_batch // self.parts  # videos in a part
+        self.parts = 1 if small else plan.micro_batch  # loaded one after another
+        videos = plan.micro_batch // self.parts  # in a part
         keys = (key for step in range(start, plan.steps) for key in self.keys(step, rank()))
         self.stopping = False  # whether the run was asked to stop
-        self.samples = load_samples(dataset, keys, together, lambda: self.stopping)
+        self.samples = load_samples(dataset, keys, videos, lambda: self.stopping)
         self.waited = 0.0  # seconds
         self.failures = []
         self.close = self.samples.close
 
-    def keys(self, step, rank):
+    def keys(self, step, process):
         """The (pass, index) pairs a process takes in a step."""
         share = self.args.batch_size // world_size()
-        first = step * self.args.batch_size + rank * share
+        first = step * self.args.batch_size + process * share
         places = [divmod(place, self.length) for place in range(first, first + share)]
         return [(n, permutation(self.length, self.args.seed, n)[i]) for n, i in places]
 
@@ -814,11 +816,11 @@ def cores():
     return max(1, count // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def load_samples(dataset, keys, together=None, stopping=lambda: False):
+def load_samples(dataset, keys, batch_size=None, stopping=lambda: False):
     """Yield dataset[key] for each key, by --num_workers processes, which end with it.
 
-    together: how many to join by collate. Nothing random is left to the workers, so their
-    number changes nothing. stopping(): whether to give up waiting for a worker that hangs.
+    batch_size: how many to join by collate; None: single samples. Nothing random is left to the
+    workers, so their number changes nothing. stopping(): whether to give up on one that hangs.
     """
     args = dataset.args
     others = multiprocessing.active_children()
@@ -827,12 +829,12 @@ def load_samples(dataset, keys, together=None, stopping=lambda: False):
         DataLoader(
             dataset,
             sampler=keys,
-            batch_size=together,
-            collate_fn=collate if together else None,
+            batch_size=batch_size,
+            collate_fn=collate if batch_size else None,
             num_workers=number,
             pin_memory=args.device.startswith("cuda"),
             worker_init_fn=start_worker,
-            timeout=5 if number else 0,
+            timeout=5 if number else 0,  # seconds; then it waits on, unless stopping()
         )
     )
     workers = [child for child in multiprocessing.active_children() if child not in others]
@@ -867,7 +869,7 @@ def start_worker(_):
     if hasattr(libc := ctypes.CDLL(None), "prctl"):
         PR_SET_PDEATHSIG = 1
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # when the main process ends
-    # What does not fit in shared memory is an end, not a sample that never comes.
+    # If shared memory is full, a worker dies; else its sample would never come.
     multiprocessing.queues.Queue._on_queue_feeder_error = lambda *_: os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -946,7 +948,7 @@ DEMO_SHAPES = {  # classes; roughly the signed distance to the outline of a shap
     ),
     "twins": lambda x, y: np.hypot(abs(x) - 0.5, y) - 0.42,
 }
-DEMO_ACTIONS = [*DEMO_SHAPES, *DEMO_MOTIONS]  # of AVA's part, numbered from 1
+DEMO_ACTIONS = [*DEMO_SHAPES, *DEMO_MOTIONS]  # in its movies, numbered from 1
 
 
 def draw_scene(seed, things, radius, size):
@@ -1015,7 +1017,7 @@ def make_demo(args):
 
 
 def make_demo_videos(folder, split, count, labelled):
-    """Every shape in every motion; labelled ones in a folder for each shape."""
+    """Shapes in turn, and motions; labelled ones in a folder for each shape."""
     tasks = []
     for i in range(count):
         shape = [*DEMO_SHAPES][i % 8]
@@ -1041,12 +1043,12 @@ def make_demo_ava(folder, split, count):
     for (path, scene), drawn in zip(tasks, write_scenes(tasks)):
         for person, ((*actions, _), boxes) in enumerate(zip(scene["things"], drawn)):
             box = boxes[int((DEMO_KEYFRAME - DEMO_START) * DEMO_FPS)]
-            off = box + rng.normal(0, 0.01, 4)
-            for action in actions:
-                start = path.stem, DEMO_KEYFRAME
+            shifted = box + rng.normal(0, 0.01, 4)
+            for action in actions:  # shape and motion: a person does two things
+                keyframe = path.stem, DEMO_KEYFRAME
                 number = DEMO_ACTIONS.index(action) + 1
-                truth.append([*start, *box.clip(0, 1), number, person])
-                detected.append([*start, *off.clip(0, 1), number, 0.9])
+                truth.append([*keyframe, *box.clip(0, 1), number, person])
+                detected.append([*keyframe, *shifted.clip(0, 1), number, 0.9])
     notes = folder / "annotations"
     write_csv(notes / f"ava_{split}_v2.2.csv", truth)
     write_csv(notes / f"ava_detection_{split}_boxes_and_labels.csv", detected)
@@ -1056,20 +1058,18 @@ def make_demo_ava(folder, split, count):
 
 
 def write_csv(path, rows):
-    with writing(path) as beside, open(beside, "w", newline="") as file:
+    with atomic_write(path) as tmp, open(tmp, "w", newline="") as file:
         csv.writer(file).writerows(rows)
 
 
 def write_png(path, picture):
     """Write a picture, uint8 (3, H, W)."""
-    with writing(path) as beside:  # torchvision's write_png would not notice a full disk
-        beside.write_bytes(encode_png(picture).numpy().tobytes())
+    with atomic_write(path) as tmp:  # torchvision's write_png would not notice a full disk
+        tmp.write_bytes(encode_png(picture).numpy().tobytes())
 
 
 def write_video(path, frames, fps, crf=18):
-    """Write frames, uint8 (T, H, W, 3), as H.264, without the last row or column if odd: it
-    needs even sizes.
-    """
+    """Write frames, uint8 (T, H, W, 3), as H.264, cropped to even height and width."""
     height, width = (n // 2 * 2 for n in frames.shape[1:3])
     frames = np.ascontiguousarray(frames[:, :height, :width])
     file = io.BytesIO()  # a full disk would pass unnoticed
@@ -1081,5 +1081,5 @@ def write_video(path, frames, fps, crf=18):
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
         container.mux(stream.encode())
-    with writing(path) as beside:
-        beside.write_bytes(file.getvalue())
+    with atomic_write(path) as tmp:
+        tmp.write_bytes(file.getvalue())

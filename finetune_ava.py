@@ -21,22 +21,22 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+# Before torch: model.py sets how its threads wait.
+from model import RUN_FLAGS, SIZES, STOPPED, Detector, InputError, Run, autocast, bounded
+from model import cosine_decay, count_flops, distribute, fraction, load_pretrained, make_optimizer
+from model import make_parser, make_plan, on_rank0, parse_with_recipe, positive_int, print_plan
+from model import rank, rate, read_checkpoint, resume, run_main, start_process, switch, world_size
+from model import write_json
+from data import DEMO_START, FPS, Batches, TestDataset, TrainDataset, Video, VideoError, files_below
+from data import make_demo, read_entries, report_failures, run_test, stateless_seed, to_clip
+from data import upright_size, write_csv, write_png
+
 import numpy as np
-import model  # noqa: F401, before torch: it sets how torch's threads wait
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torchvision.ops import box_iou
 from torchvision.utils import draw_bounding_boxes
-
-from data import DEMO_START, FPS, Batches, TestDataset, TrainDataset, Video, VideoError, files_below
-from data import make_demo, read_entries, report_failures, run_test, stateless_seed, to_clip
-from data import upright_size, write_csv, write_png
-from model import RUN_FLAGS, SIZES, STOPPED, Detector, InputError, Run, autocast, bounded
-from model import cosine_decay, count_flops, distribute, fraction, load_pretrained, make_optimizer
-from model import make_parser, make_plan, on_rank0, parse_with_recipe, positive_int, print_plan
-from model import print_rank0, rank, rate, read_checkpoint, resume, run_main, start_process, switch
-from model import world_size, write_json
 
 AVA = dict(  # Table 6a: AVA fine-tuning. Keys are flags, comments the table's words
     optimizer="sgd",  # optimizer: SGD
@@ -71,6 +71,24 @@ MAY_DIFFER = RUN_FLAGS | {  # on resume
     "dataset", "data", "videos", "video_start", "test_crop", "test_size", "boxes", "ground_truth",
     "excluded", "action_list",
 }  # fmt: skip
+
+AVA_CLASSES = 80  # actions, numbered from 1; 60 of them are evaluated
+AVA_FILES = {  # official names; of several matches the last counts, by name, then by path
+    "ground_truth": "**/ava_{split}_v2.?.csv",
+    "excluded": "**/ava_{split}_excluded_timestamps_v2.?.csv",
+    "boxes": "**/ava_detection_{split}_boxes*.csv",
+    "action_list": "**/ava_action_list_v2.?_for_activitynet_*.pbtxt",
+}
+AVA_LAYOUT = """\
+  DATA/annotations/         with everything below at any depth:
+    ava_train_v2.2.csv      rows of video,second,x1,y1,x2,y2,action,person; ava_val_v2.2.csv
+    ava_train_excluded_timestamps_v2.2.csv                      rows of video,second; and of val
+    ava_action_list_v2.2_for_activitynet_2019.pbtxt             the 60 actions that are evaluated
+    ava_detection_val_boxes_and_labels.csv     a detector's boxes: video,second,x1,y1,x2,y2,action,
+                            score; the action may be empty or -1. Of train: to train on, as well
+  DATA/videos/VIDEO.mkv     movies, or cuts of 15 minutes (--video_start 900); or
+  DATA/frames/VIDEO/VIDEO_000001.jpg    their frames, 30 a second, from second 900 on
+--videos FOLDER if these are elsewhere. No data at hand? Use --dataset demo."""
 
 
 def recipe_of(args):
@@ -129,27 +147,9 @@ def model_config(args):
 
 # ----------------------------------------------------------------------------- AVA's annotations
 
-AVA_CLASSES = 80  # actions, numbered from 1; 60 of them are evaluated
-AVA_FILES = {  # by their distributed names; of several, the last by name, then by path
-    "ground_truth": "**/ava_{split}_v2.?.csv",
-    "excluded": "**/ava_{split}_excluded_timestamps_v2.?.csv",
-    "boxes": "**/ava_detection_{split}_boxes*.csv",
-    "action_list": "**/ava_action_list_v2.?_for_activitynet_*.pbtxt",
-}
-AVA_LAYOUT = """\
-  DATA/annotations/         with everything below at any depth:
-    ava_train_v2.2.csv      rows of video,second,x1,y1,x2,y2,action,person; ava_val_v2.2.csv
-    ava_train_excluded_timestamps_v2.2.csv                      rows of video,second; and of val
-    ava_action_list_v2.2_for_activitynet_2019.pbtxt             the 60 actions that are evaluated
-    ava_detection_val_boxes_and_labels.csv     a detector's boxes: video,second,x1,y1,x2,y2,action,
-                            score; the action may be empty or -1. Of train: to train on, as well
-  DATA/videos/VIDEO.mkv     movies, or cuts of 15 minutes (--video_start 900); or
-  DATA/frames/VIDEO/VIDEO_000001.jpg    their frames, 30 a second, from second 900 on
---videos FOLDER if these are elsewhere. No data at hand? Use --dataset demo."""
-
 
 def find_file(args, split, what, needed=True):
-    """The path of an annotation file of a split: of an empty one if there is none, nor needed.
+    """The path of a split's annotation file; os.devnull if there is none and none is needed.
 
     what: a key of AVA_FILES. For val, the flag of that name comes first.
     """
@@ -174,15 +174,15 @@ def read_boxes(file, proposals=False, threshold=-math.inf, excluded=()):
     """Read boxes: {(video, second): array (R, 6) of x1, y1, x2, y2, action, score}, as in the file.
 
     Rows are video,second,x1,y1,x2,y2,action,score, with boxes as shares of the frame; true boxes
-    have a person in the place of a score. proposals: boxes to train on or to say actions of, whose
-    action may be missing, empty or -1 (then 0), and whose score may be missing (then 1).
+    have a person in the place of a score. proposals: detected boxes, to train or predict on, whose
+    action may be empty or -1 (then 0), or missing with the score (then 1).
     Rows with lower scores than the threshold and those of excluded (video, second) are left out.
     Raises InputError with file and line.
     """
 
     def convert(row):
-        if proposals:
-            row = row + ["", "1"][len(row) - 6 :]
+        if proposals and len(row) == 6:
+            row = row + ["", "1"]
         video, second, *box, action, score = row
         x1, y1, x2, y2 = map(float, box)
         thin = 1e-5  # thinner boxes are empty when they are written with six digits
@@ -261,7 +261,7 @@ def read_keyframes(args, split):
     excluded = read_excluded(find_file(args, split, "excluded", needed=False))
     source = find_file(args, split, "boxes", needed=not train)
     boxes = read_boxes(source, proposals=True, threshold=args.detection_threshold)
-    if train:  # its keyframes are those of the ground truth
+    if train:  # keyframes of the ground truth, or detected
         if boxes and not any(rows[:, 4].any() for rows in boxes.values()):
             raise InputError(f"{source}: boxes without actions cannot be trained on")
         source = find_file(args, split, "ground_truth")
@@ -311,9 +311,9 @@ class Keyframes:
         """A clip with the keyframe at num_frames // 2; beyond the movie's ends, its end frames."""
         video, second = self.keys[index]
         path = self.movies[video]
-        folder = os.path.isdir(path)
-        start = 900 * folder if self.video_start is None else self.video_start
-        with contextlib.nullcontext(FrameFolder(path)) if folder else Video(path) as movie:
+        is_folder = os.path.isdir(path)
+        start = 900 * is_folder if self.video_start is None else self.video_start
+        with contextlib.nullcontext(FrameFolder(path)) if is_folder else Video(path) as movie:
             if not 0 <= second - start <= movie.duration:
                 raise VideoError(
                     f"has no second {second:g}: it holds {start:g} to {start + movie.duration:g}; "
@@ -324,7 +324,7 @@ class Keyframes:
 
 
 class FrameFolder:
-    """A folder of frames, from ID/ID_000001.jpg, 30 a second, with the methods of a Video."""
+    """A folder of frames, from ID/ID_000001.jpg, 30 a second; duration and frames as of a Video."""
 
     def __init__(self, path):
         self.path = Path(path)
@@ -372,10 +372,10 @@ class KeyframeDataset(TrainDataset):
         args = self.args
         frames = self.videos.frames(index, args.num_frames, args.sampling_rate)
         generator = torch.Generator().manual_seed(stateless_seed(args.seed, pass_number, index, 0))
-        scale, down, along, mirror = torch.rand(4, generator=generator).tolist()
+        scale, down, right, mirror = torch.rand(4, generator=generator).tolist()
         H, W = upright_size(frames[0])
         side = min(H, W) * 224 / (256 + (320 - 256) * scale)
-        crop = (H - side) * down, (W - side) * along, side, side
+        crop = (H - side) * down, (W - side) * right, side, side
         boxes, actions = self.videos.boxes(index)
         flip = args.hflip and mirror < 0.5
         clip, boxes = cut_clip(frames, boxes, crop, (args.img_size,) * 2, flip)
@@ -417,8 +417,8 @@ def train(args):
 
     # ---------------------------------------------------------------- data
     keyframes, held_out = (on_rank0(read_keyframes, args, split) for split in ("train", "val"))
-    # {number: name}; what is wrong with the ground truth is found now, not after training.
-    _, classes, _ = on_rank0(read_ground_truth, args)
+    # Read before training, so that an error in the ground truth is found now.
+    _, action_names, _ = on_rank0(read_ground_truth, args)
     plan = make_plan(args, len(keyframes), repeat_aug=1)
 
     # --------------------------------------------------------------- model
@@ -430,32 +430,32 @@ def train(args):
     detector.to(device)
     ddp = distribute(detector, args)
 
-    # ------------------------------------------------ optimizer and resume
+    # ---------------------------------------- optimizer, --init or resume
     optimizer = make_optimizer(args, detector, layer_decay=args.layer_decay)
-    start, checkpoint = resume(args, MAY_DIFFER, detector, optimizer, keyframes)
+    start, latest = resume(args, MAY_DIFFER, detector, optimizer, keyframes)
     flops = count_flops(Detector, config, [torch.zeros(1, 4, device="meta")])
     print_plan(args, plan, detector, keyframes, flops)
 
     # ---------------------------------------------------------------- loop
     batches = Batches(KeyframeDataset(keyframes, args), plan, device, start)
-    with Run(args, plan, keyframes, batches, start, checkpoint, flops) as run:
+    with Run(args, plan, keyframes, batches, start, latest, flops) as run:
         for step in range(start, plan.steps):
             lr = cosine_decay(plan.epoch(step), args.lr, args.warmup_epochs, args.epochs)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
 
             # loss = cross entropy summed over all boxes of the global batch / (boxes * 80): a mean
-            # over boxes, not over clips, which may have none.
+            # over boxes, not over clips, for a clip may have none.
             micro_batches = [next(batches) for _ in range(plan.micro_steps)]
-            boxes = sum(len(batch["actions"]) for batch in micro_batches)
-            num_boxes = torch.full((), boxes, device=device)
+            count = sum(len(batch["actions"]) for batch in micro_batches)
+            num_boxes = torch.full((), count, device=device)
             if world_size() > 1:
                 dist.all_reduce(num_boxes)
             loss = 0
             for micro_step, batch in enumerate(micro_batches):
-                # Seeds dropout and drop path. The 0 makes it five numbers: clips have four.
+                # Seeds dropout and drop path; the 0 keeps them apart from seeds of clips.
                 torch.manual_seed(stateless_seed(args.seed, step, rank(), micro_step, 0))
-                # DDP exchanges gradients at the last micro-batch only.
+                # With DDP: exchange gradients at the last micro-batch only.
                 ddp.require_backward_grad_sync = micro_step == plan.micro_steps - 1
                 with autocast(args, device):
                     logits = ddp(batch["video"], batch["boxes"]).float()  # (K, 80)
@@ -473,22 +473,19 @@ def train(args):
             if run.at_log_point():
                 run.log(lr=lr)  # raises if the loss is not finite
             if run.save_due():
-                run.save(detector, optimizer, config=config, classes=classes)
+                run.save(detector, optimizer, config=config, classes=action_names)
             if run.stopping:
                 break
-    if run.was_stopped():
+    if run.report_end():
         return STOPPED
-    test(detector, held_out, args, classes)
-    print_rank0(
-        f"next: python finetune_ava.py --predict VIDEO --boxes CSV --init {run.out}/checkpoint.pt"
-    )
+    test(detector, held_out, args, action_names)
 
 
-# ----------------------------------------------------------------------------------------- score
+# -------------------------------------------------------------------------------------- evaluate
 
 
-def score(args, file):
-    """Score a csv of detections by AVA's protocol, in %: {"mAP": ..., "per_class": {name: AP}}.
+def evaluate(args, file):
+    """Evaluate a csv of detections by AVA's protocol, in %: {"mAP": ..., "per_class": {name: AP}}.
 
     Prints them. Mean average precision at IoU 0.5 over the actions that happen in the ground truth;
     the others have None.
@@ -501,14 +498,14 @@ def score(args, file):
     for action, name in actions.items():
         people = {key: rows[rows[:, 4] == action] for key, rows in truth.items()}
         scores = []
-        right = []
+        tp = []
         for key, rows in detections.items():
             rows = rows[rows[:, 4] == action]
             rows = rows[np.argsort(rows[:, 5])[::-1]]  # ties as in the official evaluator
             scores.extend(rows[:, 5])
-            right.extend(are_right(rows, people.get(key, ())))
+            tp.extend(true_positives(rows, people.get(key, ())))
         positives = sum(map(len, people.values()))
-        ap = average_precision(np.array(scores), np.array(right), positives)
+        ap = average_precision(np.array(scores), np.array(tp), positives)
         per_class[name] = ap
         print("no labels" if ap is None else f"{ap:7.2f} %", name, sep="  ")
     values = [ap for ap in per_class.values() if ap is not None]
@@ -518,29 +515,29 @@ def score(args, file):
     return {"mAP": sum(values) / len(values), "per_class": per_class}
 
 
-def are_right(rows, people):
-    """Which detections of an action at a keyframe, in order of falling score, are right.
+def true_positives(rows, people):
+    """Which detections of an action at a keyframe, highest score first, are true positives.
 
-    A detection is if the true box it overlaps most has IoU >= 0.5 and is not taken yet.
+    Those with IoU >= 0.5 with the true box that they overlap most, if no higher score has taken it.
     """
-    right = np.zeros(len(rows), dtype=bool)
+    tp = np.zeros(len(rows), dtype=bool)
     if len(people):
         overlap = box_iou(torch.from_numpy(rows[:, :4]), torch.from_numpy(people[:, :4])).numpy()
         hits = np.flatnonzero(overlap.max(1) >= 0.5)
         # Of several hits on a true box, the first has the highest score.
         _, first = np.unique(overlap[hits].argmax(1), return_index=True)
-        right[hits[first]] = True
-    return right
+        tp[hits[first]] = True
+    return tp
 
 
-def average_precision(scores, right, positives):
+def average_precision(scores, tp, positives):
     """Area under monotonic precision over recall, in % (PASCAL VOC 2010); None if no positives."""
     if positives == 0:
         return None
-    right = right[np.argsort(scores)[::-1]]
-    precision = right.cumsum() / np.arange(1, len(right) + 1)
+    tp = tp[np.argsort(scores)[::-1]]
+    precision = tp.cumsum() / np.arange(1, len(tp) + 1)
     precision = np.maximum.accumulate(precision[::-1])[::-1]
-    return float(100 * precision @ right / positives)  # recall rises by 1 / positives at each
+    return float(100 * precision @ tp / positives)  # each adds 1 / positives of recall
 
 
 # ------------------------------------------------------------------------------------------ test
@@ -576,11 +573,11 @@ def detect(detector, keyframes, args, actions):
 
 
 def test(detector, keyframes, args, actions):
-    """Detect at all keyframes and score; writes detections.csv, results.json and pictures/."""
+    """Score all boxes and evaluate; writes detections.csv, results.json and pictures/."""
     scores, failures = detect(detector, keyframes, args, actions)
     if rank() == 0:
         out = Path(args.output_dir)
-        results = score(args, out / "detections.csv")
+        results = evaluate(args, out / "detections.csv")
         boxes = sum(map(len, scores.values()))
         results |= dict(
             boxes=boxes,
@@ -612,7 +609,7 @@ def draw(keyframes, scores, actions, out):
         picture = draw_bounding_boxes(picture, boxes, labels, colors="yellow", width=2)
         path = out / "{}_{:g}.png".format(*keyframes.keys[index])
         write_png(path, picture)
-        print(f"{path}: drawn there")
+        print(path)
 
 
 def caption(scores, actions):
@@ -644,7 +641,7 @@ def main():
     args = parse_args()
     make_demo(args)
     if args.score:
-        score(args, args.score)
+        evaluate(args, args.score)
         return None
     if not (args.eval or args.predict):
         return train(args)
@@ -652,7 +649,7 @@ def main():
         raise InputError("--predict needs --boxes CSV: rows of video,second,x1,y1,x2,y2 in 0..1")
     device = start_process(args)
     detector = Detector(**model_config(args)).to(device)
-    load_pretrained(detector, args.init, complete=True)
+    load_pretrained(detector, args.init, strict=True)
     if args.eval:
         keyframes = on_rank0(read_keyframes, args, "val")
         _, actions, _ = on_rank0(read_ground_truth, args)

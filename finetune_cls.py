@@ -6,29 +6,29 @@
     python finetune_cls.py --eval --init runs/finetune_cls_demo_vit_demo/checkpoint.pt
     python finetune_cls.py --predict a.mp4 --init runs/finetune_cls_demo_vit_demo/checkpoint.pt
 
-Without --init it trains from scratch. Then it tests: clips evenly over each video x 3 crops, with
-softmax averaged. Epochs are effective and batches count videos, as in pre-training. With the
-paper's ViT-L, pre-trained on Kinetics-400 for 800 epochs, this gives 84.4 % there (Table 11).
+Without --init it trains from scratch. Then it tests, averaging softmax over clips spread evenly
+over each video x 3 crops. Epochs are effective and batches count videos, as in pre-training. With
+the paper's ViT-L, pre-trained on Kinetics-400 for 800 epochs, this gives 84.4 % there (Table 11).
 """
 
 import dataclasses
 import math
 from pathlib import Path
 
-import numpy as np
-import model  # noqa: F401, before torch: it sets how torch's threads wait
-import torch
-import torch.nn.functional as F
-from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as TF
-
-from data import LAYOUTS, Batches, ClipDataset, MultiViewDataset, VideoList, find_videos, make_demo
-from data import report_failures, run_test, stateless_seed
+# Before torch: model.py sets how its threads wait.
 from model import PIXEL_MEAN, RUN_FLAGS, SIZES, STOPPED, Classifier, InputError, Run, autocast
 from model import cosine_decay, count_flops, distribute, fraction, load_pretrained, make_optimizer
 from model import make_parser, make_plan, nonnegative, normalize, on_rank0, parse_with_recipe
 from model import positive_int, print_plan, print_rank0, rank, rate, read_checkpoint, resume
 from model import run_main, start_process, switch, write_json
+from data import LAYOUTS, Batches, ClipDataset, MultiViewDataset, VideoList, find_videos, make_demo
+from data import report_failures, run_test, stateless_seed
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
 
 KINETICS = dict(  # Table 5b: Kinetics fine-tuning. Keys are flags, comments the table's words
     optimizer="adamw",  # optimizer: AdamW
@@ -74,7 +74,7 @@ SSV2 = dict(  # Table 6b: SSv2 fine-tuning
     views=(1, 3),
     micro_batch=KINETICS["micro_batch"],
 )
-K600_INTERMEDIATE = KINETICS | dict(  # appendix A: a Kinetics-600 classifier, on Kinetics-400
+K600_INTERMEDIATE = KINETICS | dict(  # appendix A: Kinetics-400 after fine-tuning on Kinetics-600
     lr={"vit_l": 8e-4, "vit_h": 8e-4},
     epochs={"vit_l": 40, "vit_h": 30},
     drop_path={"vit_l": 0.2, "vit_h": 0.3},
@@ -111,7 +111,7 @@ def recipe_of(args):
     return SSV2 if ssv2 else KINETICS
 
 
-def views(text):
+def clips_x_crops(text):
     """An argparse type: clips x crops of a test, such as 7x3."""
     clips, crops = map(positive_int, text.split("x"))
     return clips, crops
@@ -120,8 +120,8 @@ def views(text):
 def parse_args(argv=None):
     parser = make_parser(__doc__, LAYOUTS)
     add = parser.add_argument_group("fine-tuning").add_argument
-    add("--recipe", choices=RECIPES, help="None: by --dataset and --model")
-    add("--num_classes", type=positive_int, help="None: the data set's")
+    add("--recipe", choices=RECIPES, help="by default that of --dataset and --model")
+    add("--num_classes", type=positive_int, help="by default the data set's")
     add("--repeat_aug", type=positive_int, help="clips per opened video")
     add(
         "--crop_scale",
@@ -145,10 +145,10 @@ def parse_args(argv=None):
     add("--drop_path", type=rate, help="stochastic depth rate of the last block")
     add("--dropout", type=rate, help="before the head")
     add("--layer_decay", type=fraction, help="layer-wise lr decay; 0 trains the head only")
-    add("--mask_start", type=rate, default=0.0, help="first mask ratio, of Table 11")
+    add("--mask_start", type=rate, default=0.0, help="mask ratio at the first step (Table 11)")
     add = parser.add_argument_group("test").add_argument
     add("--val_epochs", type=nonnegative, default=0, help="epochs between validations; 0: none")
-    add("--views", type=views, help="clips x crops per video, such as 7x3")
+    add("--views", type=clips_x_crops, help="clips x crops per video, such as 7x3")
     add("--eval", action="store_true", help="test the classifier in --init")
     add("--predict", nargs="+", metavar="VIDEO", help="print the most likely classes of videos")
     return parse_with_recipe(parser, "finetune_cls", "kinetics400", recipe_of, argv)
@@ -175,7 +175,7 @@ def train(args):
         raise InputError(f"{args.data}: a single list; give the folder with train and val lists")
     expected = args.num_classes or CLASSES.get(args.dataset)  # None: as many as there are
     videos = on_rank0(find_videos, args, "train", expected)
-    # The test's labels must be among those to train on.
+    # The labels of the test must be among the training classes.
     held_out = on_rank0(find_videos, args, "val", videos.class_names or videos.num_classes)
     plan = make_plan(args, len(videos), args.repeat_aug)
 
@@ -188,9 +188,9 @@ def train(args):
     classifier.to(device)
     ddp = distribute(classifier, args)
 
-    # ------------------------------------------------ optimizer and resume
+    # ---------------------------------------- optimizer, --init or resume
     optimizer = make_optimizer(args, classifier, layer_decay=args.layer_decay)
-    start, checkpoint = resume(args, MAY_DIFFER, classifier, optimizer, videos)
+    start, latest = resume(args, MAY_DIFFER, classifier, optimizer, videos)
     flops = None if args.mask_start else count_flops(Classifier, config)
     print_plan(args, plan, classifier, videos, flops)
     if plan.micro_batch == 1 and (args.mixup or args.cutmix):
@@ -198,7 +198,7 @@ def train(args):
 
     # ---------------------------------------------------------------- loop
     batches = Batches(ClipDataset(videos, args, augmentation(args)), plan, device, start)
-    with Run(args, plan, videos, batches, start, checkpoint, flops) as run:
+    with Run(args, plan, videos, batches, start, latest, flops) as run:
         for step in range(start, plan.steps):
             lr = cosine_decay(plan.epoch(step), args.lr, args.warmup_epochs, args.epochs)
             for group in optimizer.param_groups:
@@ -209,10 +209,10 @@ def train(args):
             loss = 0
             for micro_step in range(plan.micro_steps):
                 batch = next(batches)
-                # Seeds mixing, masks and dropout. The 0 makes it five numbers: clips have four.
+                # Seeds mixing, masks and dropout; the 0 keeps them apart from seeds of clips.
                 torch.manual_seed(stateless_seed(args.seed, step, rank(), micro_step, 0))
                 video, target = mix_clips(batch["video"], batch["label"], videos.num_classes, args)
-                # DDP exchanges gradients at the last micro-batch only.
+                # With DDP: exchange gradients at the last micro-batch only.
                 ddp.require_backward_grad_sync = micro_step == plan.micro_steps - 1
                 with autocast(args, device):
                     logits = ddp(video, mask_ratio).float()  # (B*R, num_classes)
@@ -235,10 +235,9 @@ def train(args):
                 run.save(classifier, optimizer, config=config, classes=videos.class_names)
             if run.stopping:
                 break
-    if run.was_stopped():
+    if run.report_end():
         return STOPPED
     report(classifier, held_out, args)
-    print_rank0(f"next: python finetune_cls.py --predict VIDEO --init {run.out}/checkpoint.pt")
 
 
 # ------------------------------------------------------------------------ augmentation and mixing
@@ -248,19 +247,19 @@ def warp(clip, degrees=0.0, shear_x=0, shear_y=0, right=0, down=0):
     """Rotate about the middle, shear about the top left corner, shift by shares of the size."""
     H, W = clip.shape[2:]
     shift = [right * W, down * H]
-    shear = np.degrees(np.arctan([shear_x, shear_y])).tolist()
-    center = [0, 0] if any(shear) else None
+    angles = np.degrees(np.arctan([shear_x, shear_y])).tolist()  # as torchvision wants them
+    center = [0, 0] if any(angles) else None
     flat = clip.flatten(0, 1)  # as channels of one picture: one sampling grid for all
     bilinear = v2.InterpolationMode.BILINEAR
-    return TF.affine(flat, degrees, shift, 1.0, shear, bilinear, 128, center).view_as(clip)
+    return TF.affine(flat, degrees, shift, 1.0, angles, bilinear, 128, center).view_as(clip)
 
 
 def enhance(adjust):
-    """The operation that changes a clip by a factor of 0.1 to 1.9."""
+    """An operation from adjust(clip, factor), with a factor of 0.1 to 1.9."""
     return lambda clip, s: adjust(clip, 1 + 0.9 * s)
 
 
-RAND_AUGMENT = {  # operations; s: a tenth of the magnitude, or of its negative, in -1..1
+RAND_AUGMENT = {  # operations; s: magnitude / 10 with a random sign, in -1..1
     "AutoContrast": lambda clip, s: TF.autocontrast(clip.contiguous()),  # strided: 3 x slower
     "Equalize": lambda clip, s: TF.equalize(clip),
     "Invert": lambda clip, s: TF.invert(clip),
@@ -317,22 +316,22 @@ def mix_clips(video, label, num_classes, args):
     uint8 (B*R, 3, T, H, W), (B*R,) -> mixed and normalised clips, (B*R, num_classes).
     """
     kinds = (v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)
-    kinds = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha]
-    if not kinds or len(video) == args.repeat_aug:  # a single video has nothing to mix with
+    mixes = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha]
+    if not mixes or len(video) == args.repeat_aug:  # a single video has nothing to mix with
         return normalize(video), F.one_hot(label, num_classes).float()
     # torchvision mixes each clip with the one before it. So all videos' first clips come first,
     # then their second ones, ...: no two of a video are neighbours.
     order = torch.arange(len(video), device=video.device).view(-1, args.repeat_aug).T.flatten()
     pictures = normalize(video[order]).flatten(1, 2)  # (B*R, 3*T, H, W)
-    pictures, target = v2.RandomChoice(kinds)(pictures, label[order])
+    pictures, target = v2.RandomChoice(mixes)(pictures, label[order])
     return pictures.unflatten(1, (3, -1)), target
 
 
 # ------------------------------------------------------------------------------------------ test
 
 
-def predict(classifier, videos, args, views, most=32):
-    """Class probabilities of each video, averaged over its views, `most` of them at once.
+def predict(classifier, videos, args, views, chunk=32):
+    """Class probabilities of each video, averaged over its views, `chunk` of them at once.
 
     Returns {index: (num_classes,)}, and {index: reason} of unreadable videos.
     """
@@ -340,7 +339,7 @@ def predict(classifier, videos, args, views, most=32):
     classifier.eval()
 
     def average_views(sample):
-        logits = [classifier(clips) for clips in sample["video"].split(most)]
+        logits = [classifier(clips) for clips in sample["video"].split(chunk)]
         return torch.cat(logits).float().softmax(1).mean(0).cpu()  # (num_classes,)
 
     return run_test(MultiViewDataset(videos, args, views), device, average_views)
@@ -381,7 +380,7 @@ def main():
     if not num_classes:
         raise InputError("--num_classes is needed: how many classes does the checkpoint have?")
     classifier = Classifier(**model_config(args, num_classes)).to(device)
-    load_pretrained(classifier, args.init, complete=True)
+    load_pretrained(classifier, args.init, strict=True)
     if args.eval:
         on_rank0(make_demo, args)
         videos = on_rank0(find_videos, args, "val", names or num_classes)

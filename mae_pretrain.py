@@ -14,16 +14,16 @@ import math
 from fractions import Fraction
 from pathlib import Path
 
-import model  # noqa: F401, before torch: it sets how torch's threads wait
-import torch
-from torchvision.utils import make_grid
-
-from data import FPS, LAYOUTS, Batches, ClipDataset, MultiViewDataset, VideoList, find_videos
-from data import make_demo, model_order, stateless_seed, write_png, write_video
+# Before torch: model.py sets how its threads wait.
 from model import MAE, MASK_TYPES, PIXEL_MEAN, PIXEL_STD, RUN_FLAGS, SIZES, STOPPED, InputError, Run
 from model import autocast, cosine_decay, count_flops, distribute, fraction, load_pretrained
 from model import make_optimizer, make_parser, make_plan, normalize, on_rank0, parse_with_recipe
 from model import positive_int, print_plan, rank, rate, resume, run_main, start_process, switch
+from data import FPS, LAYOUTS, Batches, ClipDataset, MultiViewDataset, VideoList, find_videos
+from data import make_demo, model_order, stateless_seed, write_png, write_video
+
+import torch
+from torchvision.utils import make_grid
 
 KINETICS = dict(  # Table 5a: Kinetics pre-training. Keys are flags, comments the table's words
     optimizer="adamw",  # optimizer: AdamW
@@ -40,19 +40,19 @@ KINETICS = dict(  # Table 5a: Kinetics pre-training. Keys are flags, comments th
     # Not in the table: videos that a GPU of 80 GB takes at once.
     micro_batch={"vit_b": 32, "vit_l": 16, "vit_h": 8},
 )
-SSV2 = dict(hflip=False, segments=True)  # overrides, as in fine-tuning: left is not right
+SSV2 = dict(hflip=False, segments=True)  # added to a recipe: its labels tell left from right
 DEMO = KINETICS | dict(  # vit_demo, minutes on two CPU cores: many small steps of different videos
     lr=3e-3,
     warmup_epochs=2,
     epochs=26,
     repeat_aug=1,  # clips of such short videos are much alike, and opening one costs little
-    crop_scale=[0.8, 1.0],  # of things this simple, sizes that differ more teach slowly
+    crop_scale=[0.8, 1.0],  # with more scale jitter, it learns slowly here
     batch_size=16,
     micro_batch=None,  # all of them
     clip_grad=1.0,
     img_size=48,
     precision="fp32",  # matrices this small are slower in bf16
-    norm_pix_loss=False,  # else a plain patch loses its mean, nearly all it has
+    norm_pix_loss=False,  # it would erase a flat patch's color, nearly all it has
     decoder_embed_dim=64,
     decoder_depth=1,
     decoder_num_heads=4,  # with one, it takes far longer to tell shapes apart
@@ -81,10 +81,10 @@ def parse_args(argv=None):
     )
     add("--segments", action=switch, default=False, help="sample frames by segments, as on SSv2")
     add("--norm_pix_loss", action=switch, default=True, help="normalise target patches")
-    add("--pred_t_dim", type=positive_int, help="frames to predict; None: one per tubelet")
+    add("--pred_t_dim", type=positive_int, help="frames to predict; by default one per tubelet")
     add("--decoder_embed_dim", type=int, default=512, help="Table 12b: 128, 256 or 512")
     add("--decoder_depth", type=int, default=4, help="Table 12c: 1, 2, 4 or 8 blocks")
-    add("--decoder_num_heads", type=int, help="None: 64 wide each")
+    add("--decoder_num_heads", type=int, help="by default 64 wide each")
     add("--visualize", nargs="+", metavar="VIDEO", help="draw reconstructions of videos")
     return parse_with_recipe(parser, "mae_pretrain", "kinetics400", recipe_of, argv)
 
@@ -119,15 +119,15 @@ def train(args):
     mae.to(device)
     ddp = distribute(mae, args)
 
-    # ------------------------------------------------ optimizer and resume
+    # ---------------------------------------- optimizer, --init or resume
     optimizer = make_optimizer(args, mae, decay_positions=True)
-    start, checkpoint = resume(args, MAY_DIFFER, mae, optimizer, videos)
+    start, latest = resume(args, MAY_DIFFER, mae, optimizer, videos)
     flops = count_flops(MAE, config, args.mask_ratio)  # raises if no token is left
     print_plan(args, plan, mae, videos, flops)
 
     # ---------------------------------------------------------------- loop
     batches = Batches(ClipDataset(videos, args), plan, device, start)
-    with Run(args, plan, videos, batches, start, checkpoint, flops) as run:
+    with Run(args, plan, videos, batches, start, latest, flops) as run:
         for step in range(start, plan.steps):
             lr = cosine_decay(plan.epoch(step), args.lr, args.warmup_epochs, args.epochs)
             for group in optimizer.param_groups:
@@ -136,16 +136,16 @@ def train(args):
             loss = 0
             for micro_step in range(plan.micro_steps):
                 batch = next(batches)
-                # Seeds the masks. The 0 makes it five numbers: clips have four.
+                # Seeds the masks; the 0 keeps them apart from seeds of clips.
                 torch.manual_seed(stateless_seed(args.seed, step, rank(), micro_step, 0))
-                # DDP exchanges gradients at the last micro-batch only.
+                # With DDP: exchange gradients at the last micro-batch only.
                 ddp.require_backward_grad_sync = micro_step == plan.micro_steps - 1
                 with autocast(args, device):
                     micro_loss, _, _ = ddp(batch["video"], args.mask_ratio)
                 micro_loss = micro_loss / plan.micro_steps
                 micro_loss.backward()
                 loss += micro_loss.detach()
-            grad_norm = torch.nn.utils.clip_grad_norm_(mae.parameters(), args.clip_grad or math.inf)
+            grad_norm = torch.nn.utils.clip_grad_norm_(ddp.parameters(), args.clip_grad or math.inf)
             optimizer.step()
             optimizer.zero_grad()
 
@@ -156,7 +156,7 @@ def train(args):
                 run.save(mae, optimizer, config=config)
             if run.stopping:
                 break
-    if run.was_stopped():
+    if run.report_end():
         return STOPPED
 
     # -------------------------------------------------------------- figure
@@ -165,11 +165,9 @@ def train(args):
             videos = find_videos(args, "val")
         except InputError as error:
             print(f"drawing training videos instead: {str(error).splitlines()[0]}")
-        paths = [videos.path(i * len(videos) // 4) for i in range(min(4, len(videos)))]
+        count = min(4, len(videos))
+        paths = [videos.path(i * len(videos) // count) for i in range(count)]
         visualize(mae, paths, run.out / "reconstructions", args, device)
-        labelled = "--dataset demo" if args.dataset == "demo" else "--data LABELLED_VIDEOS"
-        model = f"--model {args.model} --init {run.out}/checkpoint.pt"
-        print(f"next: python finetune_cls.py {labelled} {model}")
 
 
 def unpatchify(tubelets, grid, patch_size):
@@ -181,11 +179,11 @@ def unpatchify(tubelets, grid, patch_size):
 
 @torch.no_grad()
 def reconstruct(mae, video, mask_ratio):
-    """Original, masked input and reconstruction: uint8 (1, 3, T, H, W) -> (3, T', 3, H', W').
+    """Original, masked input, reconstruction: uint8 (1, 3, T, H, W) -> (3 or 4, T', 3, H', W').
 
-    T' counts the predicted frames. Visible patches are shown as they are. A model of normalised
-    patches leaves open how bright they are: its predictions get the mean and deviation of the true
-    patch, and in a fourth row, which owes nothing to hidden pixels, of an average visible one.
+    T' counts the predicted frames. Visible patches are shown as they are. With norm_pix_loss,
+    predictions get the mean and deviation of the true patch, and in a fourth row, which uses no
+    hidden pixels, those of the visible patches on average.
     """
     _, pred, mask = mae(video, mask_ratio)
     tubelets, grid = mae.patchify(video)
@@ -238,7 +236,7 @@ def main():
         return train(args)
     device = start_process(args)
     mae = MAE(**model_config(args)).to(device)
-    load_pretrained(mae, args.init, complete=True)
+    load_pretrained(mae, args.init, strict=True)
     failed = visualize(mae, args.visualize, Path(args.output_dir), args, device)
     if failed:
         raise InputError(f"{failed} of {len(args.visualize)} videos cannot be read")

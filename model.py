@@ -10,9 +10,9 @@ Read from top to bottom:
     weights                loading from any layout, parameter groups, schedule         (Tables 5, 6)
     training helpers       what the stages share: flags, processes, checkpoints, the log of a run
 
-Shapes: B clips of T frames with H x W pixels; (t, h, w) is the grid of N = t * h * w tokens, V of
-them visible; D is the width of the encoder. Parameter names are those of the released
-code, so its files load as they are.
+Shapes: B clips of T frames with H x W pixels; a grid (t, h, w) of N = t * h * w tokens, V of them
+visible; a token has u x p x p pixels, r x p x p of them are predicted; D, C: the widths of encoder
+and decoder. Parameter names are those of mae_st, so its checkpoints load as they are.
 """
 
 import argparse
@@ -64,7 +64,7 @@ class InputError(ValueError):
 
 
 def patchify(video, patch_size, t_patch_size):
-    """Cut a video (B, 3, T, H, W) into tubelets (B, N, u*p*p*3); returns their grid (t, h, w), too.
+    """Cut a video (B, 3, T, H, W) into tubelets (B, N, u*p*p*3); also returns their grid (t, h, w).
 
     Tokens are ordered by time, row, column; a token's values by frame, row, column, channel.
     Frames, rows and columns that do not fill a whole tubelet are dropped, as in a strided
@@ -88,9 +88,25 @@ def pick_rows(x, ids):
     return x[torch.arange(len(x), device=x.device)[:, None], ids]
 
 
-# Figure 4. The functions below return noise, not masks: one random number for all tokens that are
-# hidden together, in a shape that broadcasts to the grid (t, h, w). random_masking lets the tokens
-# with the smallest noise stay.
+def num_visible(grid, mask_ratio, groups=None):
+    """How many of the N tokens stay visible: those of int(groups * (1 - ratio)) groups.
+
+    groups: how many sets of tokens are hidden together, such as h * w tubes, all of one size;
+    None: each token is its own. Raises InputError if no token stays visible.
+    """
+    N = math.prod(grid)
+    group = N // (groups or N)  # tokens in one
+    visible = group * int(N // group * (1 - mask_ratio))
+    if not visible:
+        raise InputError(
+            f"a mask ratio of {mask_ratio} leaves none of {N} tokens visible, {group} at a time; "
+            f"use a ratio below {1 - group / N:.4g}"
+        )
+    return visible
+
+
+# Figure 4. These functions return noise that broadcasts to the grid (t, h, w): one number for all
+# tokens that are hidden together. random_masking lets those with the smallest noise stay.
 
 
 def random_mask(grid, mask_ratio):
@@ -111,7 +127,7 @@ def frame_mask(grid, mask_ratio):
 def block_mask(grid, mask_ratio):
     """Block-wise: boxes whose sides are a quarter to just over half of the grid's."""
     device = torch.get_default_device()
-    noise = torch.rand(grid, device="cpu")  # 1 and more inside a box; counting waits for a GPU
+    noise = torch.rand(grid, device="cpu")  # >= 1 in a box; on a GPU, the loop would wait for it
     while (noise < 1).sum() > num_visible(grid, mask_ratio):
         box = ()
         for n in grid:
@@ -130,23 +146,6 @@ MASK_TYPES = {
 }
 
 
-def num_visible(grid, mask_ratio, groups=None):
-    """How many of the N tokens stay visible: int(N * (1 - ratio)), in whole groups.
-
-    groups: how many groups of tokens, all of one size, are hidden together, such as h * w tubes;
-    None: each token is its own. Raises InputError if the ratio leaves no token.
-    """
-    N = math.prod(grid)
-    group = N // (groups or N)  # tokens in one
-    visible = group * int(N // group * (1 - mask_ratio))
-    if not visible:
-        raise InputError(
-            f"a mask ratio of {mask_ratio} leaves {visible} of {N} tokens visible, {group} at a "
-            f"time; use a ratio from 0 to {1 - group / N:.4g}"
-        )
-    return visible
-
-
 def random_masking(noise, grid, mask_ratio):
     """The ids of visible and of hidden tokens, by rising noise: (B, V) and (B, N - V).
 
@@ -154,7 +153,7 @@ def random_masking(noise, grid, mask_ratio):
     """
     keep = num_visible(grid, mask_ratio, noise[0].numel())
     if noise.ndim > 2:
-        # Ranks differ where two random numbers happen to be equal: groups stay whole.
+        # Ranks, for equal random numbers would mix the tokens of two groups.
         rank = noise.flatten(1).argsort(1).argsort(1).view_as(noise)
         noise = rank.expand(-1, *grid).flatten(1)  # (B, N)
     order = noise.argsort(dim=1, stable=True)
@@ -170,8 +169,8 @@ LayerNorm = functools.partial(nn.LayerNorm, eps=1e-6)
 class TubeletEmbed(nn.Conv3d):
     """Patch embedding of tubelets that are already cut out: (B, V, u*p*p*3) -> (B, V, D).
 
-    A strided convolution over the video would also embed the hidden tokens. The weight alone is
-    that of a Conv3d, which is what checkpoints hold.
+    A Conv3d only for the shape of its weight, as checkpoints have it: its own forward, over the
+    video, would also embed the hidden tokens.
     """
 
     def forward(self, tubelets):
@@ -193,7 +192,7 @@ class Attention(nn.Module):
         return self.proj(self.attend(q, k, v, grid).transpose(1, 2).flatten(2))
 
     def attend(self, q, k, v, grid):
-        """Queries, keys and values -> their result, each (B, heads, N, D / heads)."""
+        """Queries, keys, values -> attention output, each (B, heads, N, D / heads)."""
         return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -215,7 +214,7 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block. DropPath, if there is any, takes the place of drop_path."""
+    """A pre-norm transformer block. VideoViT may set drop_path, Detector may replace attn."""
 
     def __init__(self, dim, num_heads):
         super().__init__()
@@ -255,17 +254,37 @@ def position_table(space, time, grid):
 
 
 def learned(n, dim):
-    """n learned vectors, (1, n, dim); init_weights fills them."""
+    """n vectors to learn, (1, n, dim), filled by init_weights."""
     return nn.Parameter(torch.empty(1, n, dim))
+
+
+def sines(n, dim):
+    """(n, dim): sines and cosines of positions 0..n-1, with wavelengths from 4 to 4 * n."""
+    angle = torch.arange(n)[:, None] * torch.pi / 2 * n ** -torch.linspace(0, 1, (dim + 1) // 2)
+    return torch.cat([angle.sin(), angle.cos()], 1)[:, :dim]
+
+
+def start_from_sines(model):
+    """Initialise a model's positions in space and time with sines."""
+    t, h, w = model.grid
+    for name, table in model.named_parameters():  # (1, h*w, D) or (1, t, D)
+        dim = table.shape[-1]
+        if name.endswith("pos_embed_temporal"):
+            table.data[0] = sines(t, dim)
+        elif name.endswith("pos_embed_spatial"):
+            rows = sines(h, dim // 2).repeat_interleave(w, 0)
+            columns = sines(w, dim - dim // 2).repeat(h, 1)
+            table.data[0] = torch.cat([rows, columns], 1)
 
 
 class VideoViT(nn.Module):
     """The encoder: a plain ViT with separable learned positions and a class token.
 
     drop_path: stochastic depth, rising linearly from 0 in the first block to this in the last.
-    sine_positions: start positions in space and time from sines; from random ones, a small model's
-    loss sits on a plateau for minutes.
+    sine_positions: positions in space and time start from sines; from random ones, the loss of a
+    small model stays on a plateau for minutes.
     grad_checkpointing: save memory by recomputing blocks in the backward pass.
+    Subclasses add what follows, and call init_weights.
     """
 
     def __init__(
@@ -335,9 +354,9 @@ class VideoViT(nn.Module):
         positions = position_table(self.pos_embed_spatial, self.pos_embed_temporal, grid)  # (N, D)
         if visible is not None:
             tubelets = pick_rows(tubelets, visible)  # (B, V, u*p*p*3)
-            positions = F.embedding(visible, positions)  # (B, V, D)
+            positions = positions[visible]  # (B, V, D)
         x = self.patch_embed(normalize(tubelets)) + positions  # (B, V, D)
-        # [0]: its gradient then has the strides DDP expects.
+        # [0]: else DDP warns that its gradient has other strides.
         cls_token = (self.cls_token + self.pos_embed_class)[0].repeat(len(x), 1, 1)
         return self.forward_blocks(self.blocks, torch.cat([cls_token, x], 1), grid)
 
@@ -356,26 +375,7 @@ class VideoViT(nn.Module):
         self.norm.requires_grad_()
         self.head.requires_grad_()
         for block in self.blocks:
-            block.drop_path = nn.Identity()  # it regularises training; these are not trained
-
-
-def sines(n, dim):
-    """(n, dim): sines and cosines of positions 0..n-1, at wavelengths from 4 to 4 * n."""
-    angle = torch.arange(n)[:, None] * torch.pi / 2 * n ** -torch.linspace(0, 1, (dim + 1) // 2)
-    return torch.cat([angle.sin(), angle.cos()], 1)[:, :dim]
-
-
-def start_from_sines(model):
-    """Initialise a model's positions in space and time with sines."""
-    t, h, w = model.grid
-    for name, table in model.named_parameters():  # (1, h*w, D) or (1, t, D)
-        dim = table.shape[-1]
-        if name.endswith("pos_embed_temporal"):
-            table.data[0] = sines(t, dim)
-        elif name.endswith("pos_embed_spatial"):
-            rows = sines(h, dim // 2).repeat_interleave(w, 0)
-            columns = sines(w, dim - dim // 2).repeat(h, 1)
-            table.data[0] = torch.cat([rows, columns], 1)
+            block.drop_path = nn.Identity()  # it regularises what is trained
 
 
 # ------------------------------------------------------------------------------------------- MAE
@@ -426,9 +426,9 @@ class MAE(VideoViT):
         self.init_weights()
 
     def forward_decoder(self, latent, visible, grid):
-        """Predict every token from the visible ones: (B, 1 + V, D) -> (B, N, pred_frames*p*p*3).
+        """Predict every token from the visible ones: (B, 1 + V, D) -> (B, N, r*p*p*3).
 
-        visible (B, V): ids of the visible tokens. C is the decoder's width.
+        visible (B, V): ids of the visible tokens.
         """
         x = self.decoder_embed(latent[:, 1:])  # (B, V, C), without the encoder's class token
         tokens = self.mask_token.to(x.dtype).repeat(len(x), math.prod(grid), 1)  # (B, N, C)
@@ -441,7 +441,7 @@ class MAE(VideoViT):
         return self.decoder_pred(self.decoder_norm(x[:, 1:]))
 
     def patchify_target(self, tubelets):
-        """The prediction target: (B, K, u*p*p*3) -> (B, K, pred_frames*p*p*3)."""
+        """The prediction target: (B, K, u*p*p*3) -> (B, K, r*p*p*3)."""
         target = normalize(tubelets[..., : self.decoder_pred.out_features])  # its first frames
         if self.norm_pix_loss:
             var, mean = torch.var_mean(target, dim=-1, keepdim=True)
@@ -450,7 +450,7 @@ class MAE(VideoViT):
 
     def forward_loss(self, tubelets, pred, hidden):
         """Mean squared error on the hidden tokens; 0 if there are none."""
-        target = self.patchify_target(pick_rows(tubelets, hidden))  # (B, N - V, pred_frames*p*p*3)
+        target = self.patchify_target(pick_rows(tubelets, hidden))  # (B, N - V, r*p*p*3)
         error = pick_rows(pred, hidden).float() - target
         return error.square().sum() / max(1, error.numel())
 
@@ -458,7 +458,7 @@ class MAE(VideoViT):
         """video (B, 3, T, H, W), uint8 or normalised floats -> loss, pred, mask.
 
         noise: as in random_masking; None: drawn here, by mask_type. pred (B, N,
-        pred_frames*p*p*3); mask (B, N) is 1 at hidden tokens.
+        r*p*p*3); mask (B, N) is 1 at hidden tokens.
         """
         tubelets, grid = self.patchify(video)  # (B, N, u*p*p*3)
         if noise is None:
@@ -466,7 +466,7 @@ class MAE(VideoViT):
                 noise = torch.stack([MASK_TYPES[self.mask_type](grid, mask_ratio) for _ in video])
         visible, hidden = random_masking(noise, grid, mask_ratio)  # (B, V), (B, N - V)
         latent = self.norm(self.forward_encoder(tubelets, grid, visible))  # (B, 1 + V, D)
-        pred = self.forward_decoder(latent, visible, grid)  # (B, N, pred_frames*p*p*3)
+        pred = self.forward_decoder(latent, visible, grid)  # (B, N, r*p*p*3)
         loss = self.forward_loss(tubelets, pred, hidden)
         mask = torch.ones_like(pred[..., 0]).scatter(1, visible, 0)
         return loss, pred, mask
@@ -513,31 +513,31 @@ class RelPosAttention(Attention):
         )
 
     def attend(self, q, k, v, grid):
-        """softmax(q . k / sqrt(C) + q . R_t + q . R_h + q . R_w) v, with C = D / heads.
+        """softmax(q . k / sqrt(d) + q . R_t + q . R_h + q . R_w) v, with d = D / heads.
 
-        One dot product gives that sum: to q are appended its products with R at each time, row and
-        column; to k, ones at its own. No N x N bias is stored, and flash kernels work.
+        q is extended by q . R for each time, row and column of the grid, k by a one-hot of its own
+        ones: their dot product is that sum. No N x N bias is stored, and flash kernels work.
         """
-        C = q.shape[-1]  # q: (B, heads, 1 + N, C)
+        d = q.shape[-1]  # q: (B, heads, 1 + N, d)
         axes = [torch.arange(n, device=q.device) for n in grid]
-        products = []
-        ones = []
+        rel_logits = []
+        one_hot = []
         tables = self.rel_pos_t, self.rel_pos_h, self.rel_pos_w
-        for n, axis, own, table in zip(grid, axes, torch.cartesian_prod(*axes).T, tables):
-            distance = own[:, None] - axis  # (N, n): of each token to each place on this axis
-            R = resize_time(table[None], 2 * n - 1)[0, distance + n - 1]  # (N, n, C)
-            products.append(torch.einsum("bhqc,qkc->bhqk", q[:, :, 1:], R.to(q.dtype)))
-            ones.append(distance == 0)
-        products = torch.cat(products, -1)  # (B, heads, N, t + h + w)
-        ones = torch.cat(ones, -1).to(k.dtype)  # (N, t + h + w)
-        # Flash kernels need q, k and v equally wide, a multiple of 8: hence the zeros. Not
+        for n, axis, coords, table in zip(grid, axes, torch.cartesian_prod(*axes).T, tables):
+            distance = coords[:, None] - axis  # (N, n): of each token to each place on this axis
+            R = resize_time(table[None], 2 * n - 1)[0, distance + n - 1]  # (N, n, d)
+            rel_logits.append(torch.einsum("bhqd,qkd->bhqk", q[:, :, 1:], R.to(q.dtype)))
+            one_hot.append(distance == 0)
+        rel_logits = torch.cat(rel_logits, -1)  # (B, heads, N, t + h + w)
+        one_hot = torch.cat(one_hot, -1).to(k.dtype)  # (N, t + h + w)
+        # Padded with zeros, since flash kernels need q, k and v of one width, a multiple of 8. Not
         # -n % 8, which torch 2.6 miscompiles for dynamic sizes on a CPU.
-        fill = 7 - (C + sum(grid) - 1) % 8
-        ones = F.pad(ones, (0, fill, 1, 0)).expand(*k.shape[:2], -1, -1)
-        q = torch.cat([q * C**-0.5, F.pad(products, (0, fill, 1, 0))], -1)
-        k = torch.cat([k, ones], -1)
+        fill = 7 - (d + sum(grid) - 1) % 8
+        one_hot = F.pad(one_hot, (0, fill, 1, 0)).expand(*k.shape[:2], -1, -1)
+        q = torch.cat([q * d**-0.5, F.pad(rel_logits, (0, fill, 1, 0))], -1)
+        k = torch.cat([k, one_hot], -1)
         v = F.pad(v, (0, sum(grid) + fill))
-        return F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :C]
+        return F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :d]
 
 
 class Detector(VideoViT):
@@ -575,10 +575,10 @@ class DamagedError(InputError):
 
 
 def read_checkpoint(path):
-    """Read a checkpoint, a dict, or the latest in a run's folder, to the CPU; runs no code in it.
+    """Load a checkpoint, a dict, to the CPU; of a folder its checkpoint.pt. Runs no code in it.
 
-    Raises DamagedError if it is damaged, as its checksums tell, or no checkpoint; InputError if it
-    cannot be read, which may pass.
+    Raises DamagedError if its checksums fail, or it is no checkpoint; InputError for what may be
+    transient.
     """
     path = Path(path)
     if path.is_dir():
@@ -596,8 +596,9 @@ def read_checkpoint(path):
     except Exception as error:  # damage may hit anything: zip, pickle, key, end of file
         reason = str(error).split("\n")[0]
         # PyTorch reports errors of the system as RuntimeErrors.
-        passing = isinstance(error, (OSError, MemoryError)) or re.search("errno|mmap|alloc", reason)
-        if passing and getattr(error, "errno", None) != errno.EINVAL:  # that is a seek to nowhere
+        transient = isinstance(error, (OSError, MemoryError))
+        transient = transient or re.search("errno|mmap|alloc", reason)
+        if transient and getattr(error, "errno", None) != errno.EINVAL:  # that: a damaged offset
             raise InputError(f"{path}: cannot be read: {reason or 'no memory'}") from None
         if reason.startswith("Weights only load failed"):
             reason = "not a PyTorch file of nothing but tensors and plain values"
@@ -619,10 +620,10 @@ def to_official_names(state, model, own):
         if ".qkv." in key:
             out |= {key.replace("qkv", name): part for name, part in zip("qkv", value.chunk(3))}
         elif value.ndim == 4:  # a 2D patch kernel
-            steps = model.t_patch_size
-            out[key] = value[:, :, None].repeat(1, 1, steps, 1, 1) / steps
+            u = model.t_patch_size
+            out[key] = value[:, :, None].repeat(1, 1, u, 1, 1) / u
         elif key in ("pos_embed", "decoder_pos_embed"):
-            # Its time steps: 1 of images, the model's own if the size agrees; else 8, of 16 frames.
+            # Its time steps: 1 of images, the model's own if N agrees, else 8, of 16 frames.
             fits = value.shape[1] == 1 + math.prod(model.grid)
             t = 1 if of_images else model.grid[0] if fits else 8
             table = value[:, 1:].unflatten(1, (t, -1))  # (1, t, h*w, D)
@@ -647,11 +648,11 @@ def check_weights(path, state):
             raise InputError(f"{path}: {key} is not a tensor of finite floats")
 
 
-def load_pretrained(model, path, complete=False):
+def load_pretrained(model, path, strict=False):
     """Load weights in any layout that to_official_names handles, and print what was loaded.
 
     Tensors outside the plain encoder (decoder, head, relative positions) may be missing or have
-    another shape, unless complete: the model keeps its own, and their names are returned. Raises
+    another shape, unless strict: the model keeps its own, and their names are returned. Raises
     InputError if others do not fit, or are not finite.
     """
     state = read_checkpoint(path)
@@ -664,11 +665,11 @@ def load_pretrained(model, path, complete=False):
         loaded = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
         check_weights(path, loaded)
         new = model.load_state_dict(loaded, strict=False).missing_keys
-    except (RuntimeError, IndexError, TypeError) as error:  # rare kinds of tensors and keys, too
+    except (RuntimeError, IndexError, TypeError) as error:  # unusual tensors and keys, too
         reason = str(error).splitlines()[0][:99]
         raise InputError(f"{path}: does not fit this model: {reason}") from None
     for key in new:
-        if complete or not re.search("head|decoder|mask_token|rel_pos", key):
+        if strict or not re.search("head|decoder|mask_token|rel_pos", key):
             found = list(state[key].shape) if key in state else "missing"
             raise InputError(
                 f"{path}: does not fit this model: {key} is {found}, not {list(own[key].shape)}; "
@@ -719,7 +720,7 @@ def make_optimizer(args, model, **settings):
 
 
 def cosine_decay(epoch, lr, warmup_epochs, epochs):
-    """Linear warm-up, then half a cosine to 0, in effective epochs (Tables 5 and 6)."""
+    """Linear warm-up from 0 to lr, then half a cosine to 0 (Tables 5 and 6)."""
     if epoch < warmup_epochs:
         return lr * epoch / warmup_epochs
     return lr * 0.5 * (1 + math.cos(math.pi * (epoch - warmup_epochs) / (epochs - warmup_epochs)))
@@ -748,7 +749,7 @@ def bounded(kind, low, high=1e18):
 
     def number(text):
         value = kind(text)
-        if not low <= value <= high:  # nor is nan
+        if not low <= value <= high:  # also false for nan
             raise argparse.ArgumentTypeError(f"must be from {low:g} to {high:g}, not {text}")
         return value
 
@@ -861,13 +862,13 @@ def make_parser(doc, layouts):
 
 
 def parse_with_recipe(parser, stage, dataset, recipe_of, argv=None):
-    """Parse the command line; nothing is written to the arguments afterwards.
+    """Parse the command line; nothing changes the arguments once this has returned.
 
     A flag's value comes from the first of these that has one:
 
     1. the command line;
     2. to test, predict or visualize: the checkpoint's own arguments, less RUN_FLAGS;
-    3. else the recipe for --dataset and --model, which recipe_of(args) gives: a dict by flag;
+    3. without such a checkpoint: the recipe for --dataset and --model, recipe_of(args);
     4. the parser.
     """
     given, _ = parser.parse_known_args(argv)
@@ -887,7 +888,7 @@ def parse_with_recipe(parser, stage, dataset, recipe_of, argv=None):
         given.model = given.model or ("vit_demo" if given.dataset == "demo" else "vit_l")
         defaults = recipe_of(given) | dict(dataset=given.dataset, model=given.model)
         for name, value in defaults.items():
-            if isinstance(value, dict):  # by model; if not: ViT-L's, but for the learning rate
+            if isinstance(value, dict):  # by model; falls back to ViT-L's, except for lr
                 defaults[name] = value.get(given.model, None if name == "lr" else value["vit_l"])
         if given.batch_size and defaults["lr"]:
             defaults["lr"] *= given.batch_size / defaults["batch_size"]
@@ -974,7 +975,7 @@ def gather(value):
 
 
 def on_rank0(function, *args):
-    """Call a function on process 0 alone; all return its result. Its error ends them all."""
+    """Call a function on process 0 alone; all return its result. If it fails, so do they."""
     results = [function(*args) if rank() == 0 else None]
     if dist.is_initialized():
         dist.broadcast_object_list(results)
@@ -1062,17 +1063,17 @@ def print_plan(args, plan, model, videos, flops):
 
 
 @contextlib.contextmanager
-def writing(path):
-    """Yield where to write a file: beside its place, to which it is renamed when it is complete.
+def atomic_write(path):
+    """Yield a temporary path; what is written there is renamed to path, on an error deleted.
 
-    Raises InputError with the file's name if that fails; then nothing is left of it.
+    Raises InputError with the file's name if it cannot be written.
     """
     path = Path(path)
-    beside = Path(f"{path}.tmp")
+    tmp = Path(f"{path}.tmp")
     try:
         os.makedirs(path.parent, exist_ok=True)
-        yield beside
-        beside.replace(path)
+        yield tmp
+        tmp.replace(path)
     except (OSError, RuntimeError) as error:
         while error.__context__:  # torch.save hides the first error behind its own
             error = error.__context__
@@ -1080,13 +1081,13 @@ def writing(path):
             raise InputError(f"{path}: cannot be written: {error}") from None
         raise error from None  # Ctrl-C, or a worker's death, which PyTorch reports anywhere
     finally:
-        beside.unlink(missing_ok=True)
+        tmp.unlink(missing_ok=True)
 
 
 def write_json(path, content):
     """Write a dict to a file."""
-    with writing(path) as beside:
-        beside.write_text(json.dumps(content, indent=1))
+    with atomic_write(path) as tmp:
+        tmp.write_text(json.dumps(content, indent=1))
 
 
 def append(path, line):
@@ -1099,9 +1100,9 @@ def append(path, line):
 
 
 def find_checkpoint(folder):
-    """The path of a run's latest intact checkpoint, or None if it has none.
+    """The path of a run's latest intact checkpoint, or None if there is no file. Changes nothing.
 
-    Only a file that is proven to be damaged is passed over, with a warning. Changes nothing.
+    Only a file that is proven to be damaged is skipped, with a warning; InputError if all are.
     """
     paths = [*filter(Path.exists, (Path(folder, name) for name in CHECKPOINTS))]
     for path in paths:
@@ -1127,8 +1128,8 @@ def resume(args, may_differ, model, optimizer, videos):
     2. Else the weights in --init.
     3. Else nothing: the model keeps its random weights.
     """
-    goes_on = args.resume or was_restarted()
-    path = on_rank0(find_checkpoint, args.output_dir) if goes_on else None
+    resuming = args.resume or was_restarted()
+    path = on_rank0(find_checkpoint, args.output_dir) if resuming else None
     if not path:
         if args.init and "head.weight" in load_pretrained(model, args.init):
             nn.init.trunc_normal_(model.head.weight, std=2e-5)  # a new one; as in mae_st
@@ -1212,8 +1213,8 @@ class Run:
                     path.replace(f"{path}.replaced")
         elif log.exists():  # a killed run wrote lines after its last save
             lines = re.findall(r'(?m)^({"step": (\d+), .*}\n)', log.read_text(errors="replace"))
-            with writing(log) as beside:
-                beside.write_text("".join(x for x, step in lines if int(step) <= self.done))
+            with atomic_write(log) as tmp:
+                tmp.write_text("".join(x for x, step in lines if int(step) <= self.done))
         if self.done == self.plan.steps:
             print(f"{self.out}: this run is finished: step {self.done} was its last")
         write_json(self.out / "args.json", vars(self.args))
@@ -1235,7 +1236,7 @@ class Run:
         """The signal handler: ask the run to save and stop; a second Ctrl-C ends it at once."""
         self.asked = signal.Signals(number).name
         self.batches.stopping = True
-        self.saved_at = -math.inf  # a save is due
+        self.saved_at = -math.inf  # save_due is true once
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.write(2, b"stopping soon; Ctrl-C again ends at once\n")
 
@@ -1313,13 +1314,13 @@ class Run:
 
         values: (processes, steps, 2) since the last log point.
         """
-        # By step, then a bad loss before a bad norm, which is the same on all processes.
+        # The first bad step; in it a loss before a norm, which is the same on all processes.
         bad = (~values.isfinite()).permute(1, 2, 0).nonzero()  # (step, loss or norm, process)
         if len(bad):
-            first, _, rank = bad[0].tolist()
+            first, _, process = bad[0].tolist()
             step = self.done - values.shape[1] + first
-            loss, norm = values[rank, first].tolist()
-            names = [self.videos.name(index) for _, index in self.batches.keys(step, rank)[:10]]
+            loss, norm = values[process, first].tolist()
+            names = [self.videos.name(index) for _, index in self.batches.keys(step, process)[:10]]
             raise FloatingPointError(
                 f"step {step}: loss {loss}, gradient norm {norm}. Lower --lr, or try --precision "
                 f"fp32. Checkpoints in {self.out} are from earlier steps. The step's "
@@ -1331,8 +1332,8 @@ class Run:
         if rank() > 0:
             return False
         late = time.perf_counter() - self.saved_at > 60 * self.args.save_minutes
-        # Between log points (log empties pending) only a stop is saved, and nobody has checked yet
-        # that the loss is finite.
+        # Between log points (log empties pending) only a stop is saved; log has not checked these
+        # losses yet.
         if self.pending:
             return self.asked and late and torch.stack(self.pending).isfinite().all()
         ends = self.stopping or self.done == self.plan.steps
@@ -1346,8 +1347,8 @@ class Run:
         path, previous = (self.out / name for name in CHECKPOINTS)
         content |= dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=self.done)
         content |= dict(args=vars(self.args), videos=len(self.videos))
-        with writing(path) as beside:
-            with open(beside, "wb") as file:
+        with atomic_write(path) as tmp:
+            with open(tmp, "wb") as file:
                 torch.save(content, file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -1361,10 +1362,10 @@ class Run:
         """Copy the latest checkpoint if --keep_epochs asks for it, and it is not there yet."""
         kept = self.out / f"checkpoint_epoch{self.plan.epoch(self.done):.10g}.pt"
         if self.done and self.every(self.args.keep_epochs) and not kept.exists():
-            with writing(kept) as beside:
-                shutil.copyfile(self.latest, beside)
+            with atomic_write(kept) as tmp:
+                shutil.copyfile(self.latest, tmp)
 
-    def was_stopped(self):
+    def report_end(self):
         """Print how the run ended; returns whether it was asked to stop."""
         gather(None)  # a barrier: nobody leaves before the last checkpoint is written
         if self.failed:
@@ -1410,6 +1411,6 @@ def run_main(main):
             message += "; if it ran out of memory or shared memory, use fewer --num_workers"
         sys.exit(f"{Path(sys.argv[0]).name}: {message}")
     if dist.is_initialized():
-        time.sleep(0.1)  # lets gloo free its last tensors: in torch 2.6 it cannot once this begins
+        time.sleep(0.1)  # torch 2.6's gloo cannot free its last tensors once this begins
         dist.destroy_process_group()
     sys.exit(status)

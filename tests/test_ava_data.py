@@ -39,9 +39,9 @@ def score(tmp_path, monkeypatch, capsys):
         (tmp_path / "list.pbtxt").write_text(items)
         line = f"--score {detections} --ground_truth {truth} --action_list {tmp_path}/list.pbtxt"
         monkeypatch.setattr("sys.argv", ["finetune_ava.py", *line.split(), *excluded.split()])
-        results, function = [], finetune_ava.score
+        results, function = [], finetune_ava.evaluate
         with monkeypatch.context() as patch:
-            patch.setattr(finetune_ava, "score", lambda *a: results.append(function(*a)))
+            patch.setattr(finetune_ava, "evaluate", lambda *a: results.append(function(*a)))
             finetune_ava.main()
         return results[0]["per_class"], capsys.readouterr().out.splitlines()[-1]
 

@@ -389,7 +389,7 @@ def test_a_careful_pass_finds_frames_whose_stamps_are_out_of_order(tmp_path, mon
 def test_few_packets_are_kept_in_memory(tmp_path, monkeypatch):
     settings = dict(codec="mjpeg", pix_fmt="yuvj420p")
     path = encode(tmp_path / "a.mkv", numbered_frames(250, 16), **settings)
-    monkeypatch.setattr(data, "PACKETS", 50)
+    monkeypatch.setattr(data, "MAX_PACKETS", 50)
     with data.Video(path) as video:
         read = count_packets(video)
         assert [read_number(frame) for frame in video.frames(np.array([0, 200]) / 30)] == [0, 200]
@@ -481,7 +481,7 @@ def test_wanted_frames_far_apart_are_not_read_through(tmp_path, monkeypatch):
     path = encode(tmp_path / "a.mp4", noise_frames(300, 16, 16), options={"g": "30"})
     counts = []
     for limit in (1, 10):
-        monkeypatch.setattr(data, "READ_THROUGH", limit)
+        monkeypatch.setattr(data, "SEEK_GAP", limit)
         with data.Video(path) as video:
             read = count_packets(video)
             seconds = [frame.pts / video.second for frame in video.frames([9.0, 0.1])]
@@ -497,7 +497,7 @@ def test_damage_in_one_place_leaves_wanted_frames_far_from_it(tmp_path, monkeypa
 
     path = encode(tmp_path / "a.mkv", numbered_frames(250), codec="mjpeg", pix_fmt="yuvj420p")
     path = rewrite(path, tmp_path / "spoilt.mkv", spoil)
-    monkeypatch.setattr(data, "READ_THROUGH", 1)
+    monkeypatch.setattr(data, "SEEK_GAP", 1)
     with data.Video(path) as video:
         got = [read_number(frame) for frame in video.frames(np.array([10, 100, 150, 240]) / 30)]
     assert got in ([10, 100, 149, 240], [10, 100, 151, 240])

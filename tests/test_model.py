@@ -204,7 +204,7 @@ def test_masks_have_exact_counts_and_structure(mask_type, ratio, monkeypatch):
     video, grid = torch.full((2, 3, 16, 192, 224), 200).byte(), (8, 12, 14)
     groups = math.prod(n for axis, n in enumerate(grid) if axis not in ALIKE[mask_type])
     if not (keep := math.prod(grid) // groups * int(groups * (1 - ratio))):
-        with pytest.raises(m.InputError, match=f"use a ratio from 0 to {1 - 1 / groups:.4g}"):
+        with pytest.raises(m.InputError, match=f"use a ratio below {1 - 1 / groups:.4g}"):
             mae(video, ratio)
         return
     one, other = mae(video, ratio)[2].view(2, *grid)
@@ -341,7 +341,7 @@ def test_loading_says_what_it_did_and_drops_the_head_of_another_class_count(tmp_
     assert load_pretrained(other, tmp_path / "a") == ["head.weight", "head.bias"]
     said = "40 tensors loaded; left out: decoder_norm, head; not in it: head\n"
     with pytest.raises(m.InputError, match=r"head.weight is \[4, 32\], not \[7, 32\]"):
-        load_pretrained(other, tmp_path / "a", complete=True)  # as tests and predictions need it
+        load_pretrained(other, tmp_path / "a", strict=True)  # as tests and predictions need it
     assert len(other.state_dict()) == 42 and capsys.readouterr().out == f"{tmp_path}/a: {said}"
     args = Mock(init=tmp_path / "a", resume=False)
     for classifier in (other, same):

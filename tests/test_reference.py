@@ -258,7 +258,7 @@ def test_steps_on_a_gpu_read_nothing_back_and_mix_no_devices(case, folder, tmp_p
     monkeypatch.setattr(
         stage, "make_optimizer", lambda _, net, **__: plain(model.parameter_groups(net, 0), 0.1)
     )
-    for name, value in dict(at_log_point=False, save_due=False, was_stopped=True).items():
+    for name, value in dict(at_log_point=False, save_due=False, report_end=True).items():
         monkeypatch.setattr(stage.Run, name, lambda _, value=value: value)
     monkeypatch.setattr(stage.Run, "record", lambda _, *values: steps.append(values))
     with GPU():
