@@ -928,7 +928,7 @@ DEMO_VIDEOS = {  # videos of each split
     "finetune_cls": dict(train=320, val=400),  # a few labelled ones, and more to test on
     "finetune_ava": dict(train=50, val=200),  # movies of two things
 }
-DEMO_START, DEMO_KEYFRAME = 900.5, 902  # seconds: a movie's first, and the one that is annotated
+DEMO_KEYFRAME = 1.5  # the second of a movie that is annotated
 
 
 def bar(x, y, left, top, right, bottom):
@@ -1042,7 +1042,7 @@ def make_demo_ava(folder, split, count):
     truth, detected = [], []
     for (path, scene), drawn in zip(tasks, write_scenes(tasks)):
         for person, ((*actions, _), boxes) in enumerate(zip(scene["things"], drawn)):
-            box = boxes[int((DEMO_KEYFRAME - DEMO_START) * DEMO_FPS)]
+            box = boxes[int(DEMO_KEYFRAME * DEMO_FPS)]
             shifted = box + rng.normal(0, 0.01, 4)
             for action in actions:  # shape and motion: a person does two things
                 keyframe = path.stem, DEMO_KEYFRAME

@@ -27,9 +27,9 @@ from model import cosine_decay, count_flops, distribute, fraction, load_pretrain
 from model import make_parser, make_plan, on_rank0, parse_with_recipe, positive_int, print_plan
 from model import rank, rate, read_checkpoint, resume, run_main, start_process, switch, world_size
 from model import write_json
-from data import DEMO_START, FPS, Batches, TestDataset, TrainDataset, Video, VideoError, files_below
-from data import make_demo, read_entries, report_failures, run_test, stateless_seed, to_clip
-from data import upright_size, write_csv, write_png
+from data import FPS, Batches, TestDataset, TrainDataset, Video, VideoError, files_below, make_demo
+from data import read_entries, report_failures, run_test, stateless_seed, to_clip, upright_size
+from data import write_csv, write_png
 
 import numpy as np
 import torch
@@ -92,8 +92,7 @@ AVA_LAYOUT = """\
 
 
 def recipe_of(args):
-    recipe = DEMO if args.model == "vit_demo" else AVA
-    return recipe | dict(video_start=DEMO_START) if args.dataset == "demo" else recipe
+    return DEMO if args.model == "vit_demo" else AVA
 
 
 def parse_args(argv=None):

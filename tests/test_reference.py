@@ -54,7 +54,6 @@ CLASSIFY_SSV2 = CLASSIFY | dict(
 )
 DETECT = RUN | REGULARISED | dict(
     lr=5e-3, epochs=2, warmup_epochs=5, weight_decay=0.3, clip_grad=0.05, rel_pos=True,
-    video_start=900.5,
 )  # fmt: skip
 DETECT_SGD = DETECT | dict(model="vit_b", lr=20.0, warmup_epochs=1, weight_decay=0.002)
 SGD = dict(momentum=0.9, nesterov=True)
@@ -77,8 +76,8 @@ def clips_of(stage, flags, folder):
         for key, rows in detected.items():
             boxes[key] = np.concatenate([boxes[key], rows[rows[:, 5] >= 0.8]])
         movies = {video: f"{folder}/ava/videos/{video}.mp4" for video, _ in boxes}
-        del boxes["train0000", 902.0]  # excluded
-        keyframes = finetune_ava.Keyframes("", boxes, movies, args.video_start)
+        del boxes["train0000", 1.5]  # excluded
+        keyframes = finetune_ava.Keyframes("", boxes, movies, None)
         return finetune_ava.KeyframeDataset(keyframes, args)
     where, augment = SimpleNamespace(data=folder, dataset="", videos=None), None
     videos = data.find_videos(where, "train")

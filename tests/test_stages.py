@@ -130,10 +130,10 @@ def test_a_pre_training_run_leaves_what_the_readme_says(whole):
 def test_a_detection_run_leaves_detections_results_and_pictures(whole):
     out = whole("finetune_ava")
     rows, results = (out / "detections.csv").read_text().splitlines(), json_of(out)
-    assert re.fullmatch(r"val0000,0902(,[\d.]+){4},1,0\.\d{6}", rows[0])
+    assert re.fullmatch(r"val0000,01.5(,[\d.]+){4},1,0\.\d{6}", rows[0])
     assert len(rows) == 10 * len(data.DEMO_ACTIONS) and "per_class" in results
     assert results.items() >= dict(boxes=10, keyframes=5, unreadable=0, init=None).items()
-    assert "val0000_902.png" in os.listdir(out / "pictures")
+    assert "val0000_1.5.png" in os.listdir(out / "pictures")
 
 
 def test_kept_checkpoints_stay_and_a_log_line_has_a_mean(videos, tmp_path, monkeypatch):
@@ -467,7 +467,7 @@ def test_pictures_show_real_colours_and_leave_visible_patches_alone(whole, monke
     ("finetune_cls", "--eval --init MAE", r"a checkpoint of mae_pretrain, not of finetune_cls"),
     ("finetune_ava", "--score other.csv", r"the detections are of other keyframes, such as"),
     ("finetune_ava", "--predict a.mp4 --init finetune_ava.pt", r"--predict needs --boxes CSV"),
-    ("finetune_ava", "--video_start 0", r"(?s)20 videos in a row.*has no second 90\d: .*--video_start says"),
+    ("finetune_ava", "--video_start 900", r"(?s)20 videos in a row.*has no second 1.5: .*--video_start says"),
 ])  # fmt: skip
 def test_bad_input(stage, line, error, bad_files, videos, whole, monkeypatch):
     monkeypatch.chdir(bad_files)
