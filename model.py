@@ -354,7 +354,8 @@ class VideoViT(nn.Module):
         positions = position_table(self.pos_embed_spatial, self.pos_embed_temporal, grid)  # (N, D)
         if visible is not None:
             tubelets = pick_rows(tubelets, visible)  # (B, V, u*p*p*3)
-            positions = positions[visible]  # (B, V, D)
+            # Not positions[visible]: threads would add up its gradients in any order.
+            positions = F.embedding(visible, positions)  # (B, V, D)
         x = self.patch_embed(normalize(tubelets)) + positions  # (B, V, D)
         # [0]: else DDP warns that its gradient has other strides.
         cls_token = (self.cls_token + self.pos_embed_class)[0].repeat(len(x), 1, 1)
