@@ -1,6 +1,6 @@
 """What several tests need: small videos, made once, and ways to run a stage: here, or in processes of its own."""
 
-import contextlib
+import functools
 import importlib
 import itertools
 import json
@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import runpy
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -20,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.run
+from torch.distributed.elastic.utils.distributed import get_free_port
 from tqdm import tqdm
 
 import data
@@ -39,8 +39,7 @@ def encode(path, frames, rate=30, codec="libx264", pix_fmt="yuv420p", options=()
     shift = {"avoid_negative_ts": "disabled"} if len(times) else {}
     with av.open(str(path), "w", options=shift) as container:
         stream = container.add_stream(codec, rate=rate, options=dict(options))
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = pix_fmt
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pix_fmt
         stream.codec_context.thread_count = 1
         for i, frame in enumerate(frames):
             picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
@@ -53,39 +52,31 @@ def encode(path, frames, rate=30, codec="libx264", pix_fmt="yuv420p", options=()
 
 def noise_frames(n, height=48, width=64, seed=0):
     """Frames that differ, smooth enough to code well: (n, height, width, 3)."""
-    rng = np.random.RandomState(seed)
-    small = rng.randint(0, 256, (n, 6, 8, 3))
+    small = np.random.RandomState(seed).randint(0, 256, (n, 6, 8, 3))
     large = small.repeat(-(-height // 6), 1).repeat(-(-width // 8), 2)
     return large[:, :height, :width].astype(np.uint8)
 
 
 @pytest.fixture(autouse=True)
 def process():
-    """Put back what a run changes in its process, and end what a test that failed has left."""
-    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGCHLD
-    before = {number: signal.getsignal(number) for number in numbers}
+    """Put back what a DataLoader sets, and end the processes that a test which failed has left."""
+    handler = signal.getsignal(signal.SIGCHLD)
     yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    signal.signal(signal.SIGCHLD, handler)
     for child in multiprocessing.active_children():
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
+        child.kill()
 
 
-def make_videos(folder, videos, movies):
+def make_videos(folder, **counts):
     """Demo videos in the official layout of Kinetics; their classes are shapes. AVA's files in ava/."""
-    for split, count in videos.items():
-        (folder / split).mkdir()
+    for split, count in counts.items():
+        data.make_demo_videos(folder, split, count, labelled=False)
         rows = ["label,youtube_id,time_start,time_end,split"]
-        for i in range(count):
-            shape, motion = [*data.DEMO_SHAPES][i % 8], [*data.DEMO_MOTIONS][i % 4]
-            seed = i + 100 * (split == "val")
-            frames, _ = data.draw_scene(seed, [(shape, motion, 0.5)], (14.5, 18), (56, 48))
-            path = folder / split / f"{split}{i}_000005_000008.mp4"
-            data.write_video(path, frames, data.DEMO_FPS)
+        for i, shape in zip(range(count), itertools.cycle(data.DEMO_SHAPES)):
+            path = folder / split / f"{i:05d}.mp4"
+            path.rename(path.with_name(f"{split}{i}_000005_000008.mp4"))
             rows.append(f"{shape},{split}{i},5,8,{split}")
         (folder / f"{split}.csv").write_text("\n".join(rows))
-    for split, count in movies.items():
         data.make_demo_ava(folder / "ava", split, count)
     return folder
 
@@ -93,22 +84,20 @@ def make_videos(folder, videos, movies):
 @pytest.fixture(scope="session")
 def videos(tmp_path_factory):
     """8 videos to train on, 5 to validate, which 2 and 3 do not divide; as many keyframes."""
-    folder = tmp_path_factory.mktemp("videos")
-    return make_videos(folder, dict(train=8, val=5), dict(train=8, val=5))
+    return make_videos(tmp_path_factory.mktemp("videos"), train=8, val=5)
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """12 videos of 8 classes to train on, and 1 to test on; a keyframe of AVA's is excluded.
-
-    Of the boxes detected in AVA's training movies a third each has a score above, at and below 0.8.
+    """12 videos of 8 classes to train on, and 1 to test on; a keyframe of AVA's is excluded, and of
+    the boxes detected to train on a third each has a score above, at and below 0.8.
     """
-    folder = tmp_path_factory.mktemp("folder")
-    make_videos(folder, dict(train=12, val=1), dict(train=12, val=1))
-    file = folder / "ava" / "annotations" / "ava_detection_train_boxes_and_labels.csv"
-    lines, scores = file.read_text().splitlines(), itertools.cycle([0.95, 0.8, 0.79])
+    folder = make_videos(tmp_path_factory.mktemp("folder"), train=12, val=1)
+    notes, scores = folder / "ava" / "annotations", itertools.cycle([0.95, 0.8, 0.79])
+    file = notes / "ava_detection_train_boxes_and_labels.csv"
+    lines = file.read_text().splitlines()
     file.write_text("".join(f"{line.rpartition(',')[0]},{next(scores)}\n" for line in lines))
-    (file.parent / "ava_train_excluded_timestamps_v2.2.csv").write_text("train0000,1.5\n")
+    (notes / "ava_train_excluded_timestamps_v2.2.csv").write_text("train0000,1.5\n")
     return folder
 
 
@@ -149,9 +138,8 @@ class Job:
 
     def finish(self, seconds=120):
         """Wait, in bounded time: (exit status, the first that is not 0; all that was printed)."""
-        end = time.monotonic() + seconds
         for process in self.processes:
-            process.join(max(0, end - time.monotonic()))
+            process.join(seconds)
             assert process.exitcode is not None, f"still running after {seconds} s:\n{self.printed}"
         return next(filter(None, (p.exitcode for p in self.processes)), 0), self.printed
 
@@ -180,53 +168,40 @@ def start(stage, line, processes=1, harm="", launcher="fork", restarts=0):
     """
     output = Path(tempfile.mkdtemp(prefix="stage"), "printed.txt")
     output.touch()
-    words = [str(ROOT / f"{stage}.py"), *line.split()]
-    if harm:
-        script = output.with_name(f"{stage}.py")
-        head = f"import os, sys, runpy, time\nsys.path.insert(0, {str(ROOT)!r})\n"
-        tail = f"runpy.run_path({words[0]!r}, run_name='__main__')\n"
-        script.write_text(f"{head}import model as m, data\n{harm}\n{tail}")
-        words[0] = str(script)
-    environments = [{"PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"} for _ in range(processes)]
+    script = output.with_name(f"{stage}.py")
+    begin = f"import os, sys, runpy, time, data, model as m\n{harm}\n"
+    script.write_text(f"{begin}runpy.run_path({str(ROOT / script.name)!r}, run_name='__main__')\n")
+    words, environment, count = [str(script), *line.split()], {}, processes
     if launcher == "torchrun":
         settings = [f"--max-restarts={restarts}", f"--nproc_per_node={processes}"]
-        words = [torch.distributed.run.__file__, "--standalone", *settings, *words]
-        environments = environments[:1]
-        # As the README asks for restarts.
-        environments[0]["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+        words, count = [torch.distributed.run.__file__, "--standalone", *settings, *words], 1
+        environment = {"PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     elif processes > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        group |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-        for rank, environment in enumerate(environments):
-            environment |= group | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    jobs, fork = [], multiprocessing.get_context("fork").Process
-    for environment in environments:
-        jobs.append(fork(target=run_forked, args=(words, environment, output)))
-        jobs[-1].start()
+        environment = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(get_free_port()))
+        environment |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
+    fork = multiprocessing.get_context("fork").Process
+    jobs = [fork(target=run_forked, args=(words, environment, i, output)) for i in range(count)]
+    for job in jobs:
+        job.start()
     return Job(jobs, output)
 
 
-def run_forked(words, environment, output):
+def run_forked(words, environment, rank, output):
     """In a process that was forked: run a program as if Python had just begun."""
     os.setsid()
-    for name in ("model", "data", "mae_pretrain", "finetune_cls", "finetune_ava"):
+    for name in ("model", "data", *STAGES):
         sys.modules.pop(name, None)
-    os.environ.update(environment)
-    for number in (signal.SIGTERM, signal.SIGCHLD):
-        signal.signal(number, signal.SIG_DFL)
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream, number in (("stdout", 1), ("stderr", 2)):
-        os.dup2(file, number)
-        setattr(sys, stream, open(number, "w", buffering=1))  # noqa: SIM115
+    sys.stdout = sys.stderr = open(output, "a", buffering=1)  # noqa: SIM115
+    for number in (1, 2):
+        os.dup2(sys.stdout.fileno(), number)
     sys.argv = words
     runpy.run_path(words[0], run_name="__main__")
 
 
 def entries(folder):
-    """The lines of a run's log.jsonl."""
     log = Path(folder, "log.jsonl")
     return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
@@ -237,28 +212,24 @@ def contents(folder):
 
 
 def json_of(folder, name="results.json"):
-    """A run's results, or another JSON file of it."""
     return json.loads(Path(folder, name).read_text())
 
 
 def checkpoint_of(path):
-    """A checkpoint, or the last one in a run's folder."""
-    path = Path(path, "checkpoint.pt") if Path(path).is_dir() else path
-    return torch.load(path, weights_only=True)
+    path = Path(path)
+    return torch.load(path / "checkpoint.pt" if path.is_dir() else path, weights_only=True)
 
 
 @pytest.fixture(scope="session")
 def whole(videos, tmp_path_factory):
     """Runs that nothing stopped, each made when it is first asked for: their folders."""
-    made = {}
 
+    @functools.cache
     def run(stage, *more, processes=1):
-        key = stage, more, processes
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("whole")
-            code, text = start(stage, line_of(stage, videos, made[key], *more), processes).finish()
-            assert code == 0, text
-        return made[key]
+        out = tmp_path_factory.mktemp("whole")
+        code, text = start(stage, line_of(stage, videos, out, *more), processes).finish()
+        assert code == 0, text
+        return out
 
     return run
 
@@ -267,16 +238,15 @@ def whole(videos, tmp_path_factory):
 def bad_files(videos, whole, tmp_path_factory):
     """A folder of files that are of no use."""
     folder = tmp_path_factory.mktemp("bad")
-    for name in ("lists", "broken", "other/val/zebra"):
-        (folder / name).mkdir(parents=True)
     video = videos / "train" / "train0_000005_000008.mp4"
-    for name, text in {
+    texts = {
         "lists/train.csv": 4 * f"{video} 0\n{video} 7\n",
         "lists/val.csv": f"{video} 9\n",
-        **dict.fromkeys(["text.mp4", *(f"broken/{name}.mp4" for name in "abcd")], "words"),
-        "other/val/zebra/a.mp4": "words",
         "other.csv": "other,0902,0.1,0.1,0.5,0.5,1,0.9\n",
-    }.items():
+    }
+    broken = ["text.mp4", "other/val/zebra/a.mp4", *(f"broken/{name}.mp4" for name in "abcd")]
+    for name, text in (texts | dict.fromkeys(broken, "words")).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     for stage in STAGES:
         checkpoint = checkpoint_of(whole(stage))

@@ -10,120 +10,109 @@ Each run is a folder below --folder; ended ones are not repeated. One run per co
 """
 
 import argparse
-import collections
-import concurrent.futures
 import itertools
 import json
 import os
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from statistics import mean
 
+import numpy as np
 import torch
-import torch.nn.functional as F
-from torchvision.io import write_png
 from torchvision.utils import draw_bounding_boxes, make_grid
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import data
+import model
 
-SEEDS = 0, 1, 2
 # What is searched, for both sides alike: learning rate, layer-wise decay and epochs, the longer for the best three.
 RATES = 1e-3, 2e-3, 4e-3, 8e-3
 DECAYS = 1.0, 0.75, 0.6
 LENGTHS = {"finetune_cls": (12, 24), "finetune_ava": (60, 120)}
-PROBE_RATES = 1e-2, 3e-2
 BEST = {  # what the search found: learning rate, layer-wise decay, epochs
     "finetune_cls": {"scratch": (1e-3, 0.6, 24), "pre-trained": (4e-3, 0.75, 24)},
     "finetune_ava": {"scratch": (2e-3, 1.0, 60), "pre-trained": (4e-3, 0.6, 60)},
 }
 
 
-class Study:
-    """Runs below a folder, `jobs` at once; one that two rows need is made once."""
-
-    def __init__(self, folder, jobs):
-        self.folder, self.pool = Path(folder), concurrent.futures.ThreadPoolExecutor(jobs)
-        self.locks = collections.defaultdict(threading.Lock)
-
-    def all(self, function, rows):
-        """What function(*row) returns for each row, in order."""
-        return list(self.pool.map(lambda row: function(*row), rows))
-
-    def out(self, stage, flags, init):
-        name = flags if init is None else f"{flags} from {init}"
-        return self.folder / stage / name.replace("--", "").replace(" ", "_").strip("_")
-
-    def run(self, stage, flags, init=None):
-        """The results of a run, made if need be; init: flags of the pre-training to start from."""
-        line = [f"{stage}.py", "--dataset", "demo", "--num_workers", "0", *flags.split()]
-        if init is not None:
-            self.run("mae_pretrain", init)
-            line += ["--init", str(self.out("mae_pretrain", init, None) / "checkpoint.pt")]
-        out = self.out(stage, flags, init)
-        done = out / "done.json"
-        with self.locks[out]:
-            if not done.exists():
-                self.start([*line, "--output_dir", str(out)], out)
-                log = [json.loads(entry) for entry in (out / "log.jsonl").read_text().splitlines()]
-                args = json.loads((out / "args.json").read_text())
-                clips = args["batch_size"] * args.get("repeat_aug", 1) * args["log_interval"]
-                results = dict(seconds=sum(clips / entry["clips_per_s"] for entry in log))
-                if (out / "results.json").exists():
-                    results |= json.loads((out / "results.json").read_text())
-                done.write_text(json.dumps(results))
-        return json.loads(done.read_text())
-
-    def start(self, line, out):
-        print(f"python {' '.join(line)}\n", end="", flush=True)
+def run(args, row):
+    """The results of a run, made if need be: a stage, its flags, those of its pre-training or None."""
+    stage, flags, init = row
+    name = flags if init is None else f"{flags} from {init}"
+    out = Path(args.folder, stage, name.replace("--", "").replace(" ", "_").strip("_"))
+    done, before = out / "done.json", init is not None and run(args, ("mae_pretrain", init, None))
+    if not done.exists():
+        line = [sys.executable, str(ROOT / f"{stage}.py"), "--dataset", "demo", *flags.split()]
+        line += ["--num_workers", "0", "--output_dir", str(out)]
+        line += ["--init", before["checkpoint"]] if before else []
+        print(f"{' '.join(line)}\n", end="", flush=True)
         out.mkdir(parents=True, exist_ok=True)
         with open(out / "output.txt", "a") as text:
-            command = [sys.executable, str(ROOT / line[0]), *line[1:]]
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            code = subprocess.run(command, stdout=text, stderr=text, env=environment).returncode
+            code = subprocess.run(line, stdout=text, stderr=text, env=environment).returncode
         if code:
             raise SystemExit(f"{' '.join(line)} ended with {code}: see {out}/output.txt")
+        used = json.loads((out / "args.json").read_text())
+        clips = used["batch_size"] * used.get("repeat_aug", 1) * used["log_interval"]
+        log = [json.loads(entry) for entry in (out / "log.jsonl").read_text().splitlines()]
+        results = dict(seconds=sum(clips / entry["clips_per_s"] for entry in log))
+        if stage != "mae_pretrain":
+            results |= json.loads((out / "results.json").read_text())
+        done.write_text(json.dumps(results))
+    return json.loads(done.read_text()) | dict(checkpoint=f"{out}/checkpoint.pt", before=before)
 
-    def score(self, stage, side, lr, decay, epochs, seed=0):
-        """The score of a fine-tuning. A seed is one of everything: that of the pre-training, too."""
+
+def run_all(args, rows):
+    """The results of runs, in order; --jobs at once, each once, after the pre-trainings they need."""
+    first = [("mae_pretrain", init, None) for _, _, init in rows if init is not None]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for once in dict.fromkeys(first), dict.fromkeys(rows):
+            found = dict(zip(once, pool.map(partial(run, args), once)))
+    return [found[row] for row in rows]
+
+
+def scores(args, rows):
+    """{row: score} of fine-tunings: stage, side, learning rate, layer-wise decay, epochs, seed."""
+    runs = []
+    for stage, side, lr, decay, epochs, seed in rows:
         flags = f"--lr {lr:g} --layer_decay {decay:g} --epochs {epochs} --seed {seed}"
-        results = self.run(stage, flags, f"--seed {seed}" if side == "pre-trained" else None)
-        return results["top1" if stage == "finetune_cls" else "mAP"]
+        # A seed is one of everything: that of the pre-training, too.
+        runs.append((stage, flags, f"--seed {seed}" if side == "pre-trained" else None))
+    results = zip(rows, run_all(args, runs))
+    return {row: result.get("top1", result.get("mAP")) for row, result in results}
 
 
 def spread(values):
-    return f"{mean(values):5.1f}  ({min(values):.1f} to {max(values):.1f})"
+    return f"{np.mean(values):5.1f}  ({min(values):.1f} to {max(values):.1f})"
 
 
-def search(study, stage):
+def search(args):
     """Every rate and decay at the short length with seed 0, then the best three of each side at the long one."""
-    short, long = LENGTHS[stage]
-    rows = list(itertools.product([stage], BEST[stage], RATES, DECAYS, [short]))
-    scores = dict(zip(rows, study.all(study.score, rows)))
-    for side in BEST[stage]:
-        better = sorted((row for row in rows if row[1] == side), key=scores.get)[-3:]
-        better = [(*row[:4], long) for row in better]
-        scores |= zip(better, study.all(study.score, better))
-    print(f"\n{stage}, seed 0      learning rate  layer-wise decay  epochs     score")
-    for (_, side, lr, decay, epochs), score in sorted(scores.items()):
-        print(f"{side:24}{lr:12g}{decay:18g}{epochs:8}{score:9.1f}", flush=True)
+    for stage, (short, long) in LENGTHS.items():
+        rows = itertools.product([stage], BEST[stage], RATES, DECAYS, [short], [0])
+        found = scores(args, [*rows])
+        for side in BEST[stage]:
+            best = sorted((row for row in found if row[1] == side), key=found.get)[-3:]
+            found |= scores(args, [(*row[:4], long, 0) for row in best])
+        print(f"\n{stage}, seed 0      learning rate  layer-wise decay  epochs     score")
+        for (_, side, lr, decay, epochs, _), score in sorted(found.items()):
+            print(f"{side:24}{lr:12g}{decay:18g}{epochs:8}{score:9.1f}", flush=True)
 
 
-def compare(study, stage):
+def compare(stage, args):
     """From scratch and pre-trained, each at its best: mean and range of the seeds."""
-    rows = [(stage, side, *BEST[stage][side], seed) for side in BEST[stage] for seed in SEEDS]
-    scores = study.all(study.score, rows)
+    sides = BEST[stage].items()
+    found = scores(
+        args, [(stage, side, *best, seed) for side, best in sides for seed in args.seeds]
+    )
     print(f"\n{stage}: learning rate, layer-wise decay, epochs; mean (lowest to highest)")
-    for i, (side, best) in enumerate(BEST[stage].items()):
-        print(f"{side:14}{best}   {spread(scores[3 * i : 3 * i + 3])}", flush=True)
-    for side in BEST[stage] if stage == "finetune_cls" else ():
-        rows = [(stage, side, lr, 0, LENGTHS[stage][0]) for lr in PROBE_RATES]
-        score = max(study.all(study.score, rows))
-        print(f"{side}, a linear probe (--layer_decay 0): {score:.1f}", flush=True)
+    for side, best in sides:
+        values = [score for row, score in found.items() if row[1] == side]
+        print(f"{side:14}{best}   {spread(values)}", flush=True)
 
 
 # fmt: off
@@ -143,65 +132,49 @@ ABLATIONS = {  # flags of each row, and the paper's figure
 # fmt: on
 
 
-def ablate(study, flags, seed):
-    """Seconds of a pre-training and of a fine-tuning, and the latter's top-1."""
-    before, after = ("", flags + " ") if "mask_start" in flags else (flags + " ", "")
-    before += f"--seed {seed}"
-    finetuned = study.run("finetune_cls", f"{after}--seed {seed}", before)
-    return study.run("mae_pretrain", before)["seconds"], finetuned["seconds"], finetuned["top1"]
-
-
-def ablations(study, seeds):
+def ablations(args):
     """Pre-trainings that differ in one thing, fine-tuned alike."""
     for name, table in ABLATIONS.items():
-        runs = study.all(ablate, [(study, flags, seed) for flags in table for seed in seeds])
+        rows = []
+        for flags, seed in itertools.product(table, args.seeds):
+            before, after = ("", flags + " ") if "mask_start" in flags else (flags + " ", "")
+            rows.append(("finetune_cls", f"{after}--seed {seed}", f"{before}--seed {seed}"))
+        runs = run_all(args, rows)
+        figures = [(run["before"]["seconds"], run["seconds"], run["top1"]) for run in runs]
+        figures = np.reshape(figures, (len(table), -1, 3)).swapaxes(1, 2)
         print(f"\n{name:44}{'top-1':>22}{'pre-training':>14}{'fine-tuning':>13}{'the paper':>13}")
-        for i, (flags, paper) in enumerate(table.items()):
-            before, after, scores = zip(*runs[i * len(seeds) :][: len(seeds)])
-            print(f"{flags or 'the recipe':44}{spread(scores):>22}{mean(before):12.0f} s", end="")
-            print(f"{mean(after):11.0f} s{paper:>13}", flush=True)
+        for (flags, paper), (first, second, top1) in zip(table.items(), figures):
+            print(f"{flags or 'the recipe':44}{spread(top1):>22}{np.mean(first):12.0f} s", end="")
+            print(f"{np.mean(second):11.0f} s{paper:>13}", flush=True)
 
 
-def shapes(path="shapes.png", zoom=3):
+def shapes(args, zoom=3):
     """Draw a frame of a video of each shape, with the shape's name."""
     pictures = []
     for i, shape in enumerate(data.DEMO_SHAPES):
-        motion = [*data.DEMO_MOTIONS][i % len(data.DEMO_MOTIONS)]
-        video, _ = data.draw_scene(i, [(shape, motion, 0.5)], (15, 17), (56, 48))
-        frame = torch.from_numpy(video[len(video) // 2]).permute(2, 0, 1)
-        frame = frame.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
-        frame = F.pad(frame, (0, 0, 16, 0), value=255)  # white, to write on
-        corner = torch.zeros(1, 4)  # a label needs a box
-        pictures.append(draw_bounding_boxes(frame, corner, [shape], "white", label_colors="black"))
-    write_png(make_grid(torch.stack(pictures), nrow=4, pad_value=255), str(path))
-    print(f"{path}: the shapes of the demo")
+        video, _ = data.draw_scene(i, [(shape, "slides", 0.5)], (15, 17), (56, 48))
+        frame = video[len(video) // 2].repeat(zoom, 0).repeat(zoom, 1)
+        frame = np.pad(frame, ((16, 0), (0, 0), (0, 0)), constant_values=255)  # white, to write on
+        picture, box = torch.from_numpy(frame).permute(2, 0, 1), torch.zeros(1, 4)  # for a label
+        pictures.append(draw_bounding_boxes(picture, box, [shape], "white", label_colors="black"))
+    data.write_png("shapes.png", make_grid(pictures, nrow=4, pad_value=255))
+    print("shapes.png: the shapes of the demo")
 
 
-PARTS = {
-    "pays": lambda study, args: compare(study, "finetune_cls"),
-    "detects": lambda study, args: compare(study, "finetune_ava"),
-    "ablations": lambda study, args: ablations(study, args.seeds),
-    "search": lambda study, args: [search(study, stage) for stage in BEST],
-    "shapes": lambda study, args: shapes(),
-}
+PARTS = dict(pays=partial(compare, "finetune_cls"), detects=partial(compare, "finetune_ava"))
+PARTS |= dict(search=search, ablations=ablations, shapes=shapes)
 
 
 def main():
-    formatter, cores = argparse.RawDescriptionHelpFormatter, os.cpu_count()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=model.HelpFormatter)
     add = parser.add_argument
-    add("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default: all")
-    add("--folder", default="runs/study")
-    add("--jobs", type=int, default=cores, help="runs at once")
-    add("--seeds", type=int, nargs="+", default=SEEDS, help="of `ablations` alone")
+    add("parts", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
+    add("--folder", default="runs/study", help="of the runs")
+    add("--jobs", type=int, default=os.cpu_count(), help="runs at once")
+    add("--seeds", type=int, nargs="+", default=(0, 1, 2), help="of pays, detects and ablations")
     args = parser.parse_args()
-    unknown = set(args.parts) - {*PARTS}
-    if unknown:
-        parser.error(f"no such part: {', '.join(unknown)}")
-    study = Study(args.folder, args.jobs)
-    for name, part in PARTS.items():
-        if name in args.parts or not args.parts:
-            part(study, args)
+    for name in args.parts:
+        PARTS[name](args)
 
 
 if __name__ == "__main__":
