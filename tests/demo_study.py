@@ -44,7 +44,8 @@ def run(args, row):
     stage, flags, init = row
     name = flags if init is None else f"{flags} from {init}"
     out = Path(args.folder, stage, name.replace("--", "").replace(" ", "_").strip("_"))
-    done, before = out / "done.json", init is not None and run(args, ("mae_pretrain", init, None))
+    done = out / "done.json"
+    before = run(args, ("mae_pretrain", init, None)) if init is not None else None
     if not done.exists():
         line = [sys.executable, str(ROOT / f"{stage}.py"), "--dataset", "demo", *flags.split()]
         line += ["--num_workers", "0", "--output_dir", str(out)]
@@ -106,9 +107,8 @@ def search(args):
 def compare(stage, args):
     """From scratch and pre-trained, each at its best: mean and range of the seeds."""
     sides = BEST[stage].items()
-    found = scores(
-        args, [(stage, side, *best, seed) for side, best in sides for seed in args.seeds]
-    )
+    rows = [(stage, side, *best, seed) for side, best in sides for seed in args.seeds]
+    found = scores(args, rows)
     print(f"\n{stage}: learning rate, layer-wise decay, epochs; mean (lowest to highest)")
     for side, best in sides:
         values = [score for row, score in found.items() if row[1] == side]
