@@ -597,9 +597,8 @@ def read_checkpoint(path):
     except Exception as error:  # damage may hit anything: zip, pickle, key, end of file
         reason = str(error).split("\n")[0]
         # PyTorch reports errors of the system as RuntimeErrors.
-        transient = isinstance(error, (OSError, MemoryError))
-        transient = transient or re.search("errno|mmap|alloc", reason)
-        if transient and getattr(error, "errno", None) != errno.EINVAL:  # that: a damaged offset
+        retry = isinstance(error, (OSError, MemoryError)) or re.search("errno|mmap|alloc", reason)
+        if retry and getattr(error, "errno", None) != errno.EINVAL:  # that: a damaged offset
             raise InputError(f"{path}: cannot be read: {reason or 'no memory'}") from None
         if reason.startswith("Weights only load failed"):
             reason = "not a PyTorch file of nothing but tensors and plain values"
