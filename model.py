@@ -1028,7 +1028,7 @@ def distribute(model, args):
             module.compile()
     if world_size() == 1:
         return model
-    return DistributedDataParallel(model, broadcast_buffers=False)
+    return DistributedDataParallel(model)
 
 
 def count_flops(model_class, config, *inputs):
