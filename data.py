@@ -991,7 +991,7 @@ def write_scene(task):
 
 def write_scenes(tasks):
     """write_scene for each task, with all cores."""
-    with Pool(cores()) as pool:
+    with Pool() as pool:
         scenes = pool.imap(write_scene, tasks, 8)
         return list(progress(scenes, total=len(tasks), desc="making videos"))
 

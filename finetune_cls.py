@@ -135,8 +135,8 @@ def parse_args(argv=None):
         "--rand_augment",
         type=nonnegative,
         nargs=2,
-        metavar=("M", "STD"),
-        help="M of 10; 0 0 disables it",
+        metavar=("MAGNITUDE", "DEVIATION"),
+        help="magnitude, 0 to 10, and its standard deviation; 0 0 disables it",
     )
     add("--random_erasing", type=fraction, default=0.0, help="probability; mae_st has 0.25")
     add("--mixup", type=nonnegative, help="alpha; a batch gets MixUp or CutMix; 0 disables it")
