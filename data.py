@@ -275,7 +275,7 @@ def read_folders(folder, split):
         else:
             pairs.append((path, folders[0] if folders else None))
     if held_out:
-        print(f"{folder}: {held_out} videos in folders named val are not trained on")
+        print(f"{folder}: videos left out, in folders named val: {held_out}")
     return pairs
 
 

@@ -269,7 +269,7 @@ def read_keyframes(args, split):
     movies = find_movies(args, {video for video, _ in boxes})
     kept = {key: boxes[key] for key in sorted(boxes.keys() - excluded) if key[0] in movies}
     if out := len(boxes) - len(kept):
-        print(f"{source}: {out} keyframes are excluded, or of missing movies")
+        print(f"{source}: keyframes left out, excluded or of missing movies: {out}")
     if not kept:
         raise InputError(f"{source}: no keyframe is left, or no box reaches --detection_threshold")
     return Keyframes(str(source), kept, movies, args.video_start)

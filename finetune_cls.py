@@ -6,9 +6,10 @@
     python finetune_cls.py --eval --init runs/finetune_cls_demo_vit_demo/checkpoint.pt
     python finetune_cls.py --predict a.mp4 --init runs/finetune_cls_demo_vit_demo/checkpoint.pt
 
-Without --init it trains from scratch. Then it tests, averaging softmax over clips spread evenly
-over each video x 3 crops. Epochs are effective and batches count videos, as in pre-training. With
-the paper's ViT-L, pre-trained on Kinetics-400 for 800 epochs, this gives 84.4 % there (Table 11).
+Without --init it trains from scratch. Then it tests: the softmax of a video is the mean of several
+views, clips spread evenly over it x crops of each. Epochs are effective and batches count videos,
+as in pre-training. With the paper's ViT-L, pre-trained on Kinetics-400 for 800 epochs, this gives
+84.4 % there (Table 11).
 """
 
 import dataclasses
@@ -363,7 +364,7 @@ def report(classifier, videos, args):
     """Test with --views, print the results, and write them to results.json."""
     results, failures = test(classifier, videos, args, args.views)
     results |= dict(views="{}x{}".format(*args.views), init=args.init)
-    text = "top-1 {top1:.2f} %, top-5 {top5:.2f} %, {videos} videos x {views}"
+    text = "top-1 {top1:.2f} %, top-5 {top5:.2f} %; videos {videos}, views {views}"
     print_rank0(text.format(**results))
     on_rank0(write_json, f"{args.output_dir}/results.json", results)
     report_failures(args, videos, failures)

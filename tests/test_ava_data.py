@@ -249,7 +249,7 @@ def test_training_takes_true_boxes_and_sure_ones_and_a_test_detected_ones_alone(
         ("b", 1002): [(other, [])],
     }
     out = capsys.readouterr().out
-    assert "1 of 3 movies are not below" in out and "3 keyframes are excluded" in out
+    assert "1 of 3 movies are not below" in out and "or of missing movies: 3\n" in out
     detected = {("a", 902): [(one, [5])], ("b", 1000): [(other, [])], ("b", 1002): [(other, [])]}
     assert read_keyframes(folder, "val", "") == detected
     line = "--detection_threshold 0.5"

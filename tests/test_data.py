@@ -95,7 +95,7 @@ def test_class_folders_have_labels_and_plain_folders_none(tmp_path, capsys):
     assert contents(find(tmp_path, "val", classes=["jump", "run"])) == [("run/c.avi", 1)]
     plain = [("deeper/y.mov", None), ("steam-train.mp4", None)]  # no list, though its name ends so
     assert contents(find(tmp_path / "flat")) == plain  # nor is a held-out video trained on
-    assert "flat: 1 videos in folders named val are not trained on" in capsys.readouterr().out
+    assert "flat: videos left out, in folders named val: 1\n" in capsys.readouterr().out
     with pytest.raises(InputError, match="val: 1 classes, but the model knows 8$"):
         find(tmp_path, "val", 8)
     with pytest.raises(InputError, match=r"flat: videos without labels, such as steam-train.mp4\."):
