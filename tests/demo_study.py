@@ -1,4 +1,4 @@
-"""What the paper found, in small: every figure of the README's tables on the demo, by its commands.
+"""What the paper found, in small: the tables of RESULTS.md on the demo; each run in one process.
 
     python tests/demo_study.py pays        does pre-training pay? each side at its best; 3 seeds
     python tests/demo_study.py detects     the same for detection
