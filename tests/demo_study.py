@@ -1,6 +1,6 @@
 """What the paper found, in small: the tables of RESULTS.md on the demo; each run in one process.
 
-    python tests/demo_study.py pays        does pre-training pay? each side at its best; 3 seeds
+    python tests/demo_study.py pays        does pre-training pay? each side with BEST; 3 seeds
     python tests/demo_study.py detects     the same for detection
     python tests/demo_study.py search      each side's best learning rate and decay
     python tests/demo_study.py ablations   masking, ratio, decoder, repeated sampling, image start
@@ -33,7 +33,7 @@ import model
 RATES = 1e-3, 2e-3, 4e-3, 8e-3
 DECAYS = 1.0, 0.75, 0.6
 LENGTHS = {"finetune_cls": (12, 24), "finetune_ava": (60, 60)}
-BEST = {  # what the search found: learning rate, layer-wise decay, epochs
+BEST = {  # what is compared, among the search's best: learning rate, layer-wise decay, epochs
     "finetune_cls": {"scratch": (1e-3, 0.6, 24), "pre-trained": (4e-3, 0.75, 24)},
     "finetune_ava": {"scratch": (4e-3, 0.6, 60), "pre-trained": (8e-3, 0.45, 60)},
 }
