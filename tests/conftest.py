@@ -26,6 +26,7 @@ import data
 import model
 
 ROOT = Path(__file__).parents[1]
+SCRIPTS = tempfile.TemporaryDirectory(prefix="stages")  # of start(); removed when the tests end
 SHARED_VIDEOS = ROOT.parent / "shared" / "videos"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # figures are compared on the CPU
 os.environ["OMP_NUM_THREADS"] = "1"  # and bit by bit, here and in processes of their own
@@ -166,7 +167,7 @@ def start(stage, line, processes=1, harm="", launcher="fork", restarts=0):
 
     launcher: "torchrun", as a user does; "fork" saves the 4 s that it takes to import torch.
     """
-    output = Path(tempfile.mkdtemp(prefix="stage"), "printed.txt")
+    output = Path(tempfile.mkdtemp(dir=SCRIPTS.name), "printed.txt")
     output.touch()
     script = output.with_name(f"{stage}.py")
     begin = f"import os, sys, runpy, time, data, model as m\n{harm}\n"
