@@ -10,7 +10,7 @@ CHECKPOINT is a pre-trained encoder or, as in Table 8, one that was fine-tuned o
 also has --rel_pos. Batches count keyframes: clips of 16 frames, 4/30 s apart, around an annotated
 second. Training boxes are true ones plus detections that score 0.8 or more; test boxes are
 detections only. ViT-L, pre-trained and fine-tuned on Kinetics-400, with relative positions,
-reaches 35.9 mAP on center crops and 36.8 on full frames (Table 8).
+reaches 35.9 % mAP on center crops and 36.8 % on full frames (Table 8).
 """
 
 import contextlib
