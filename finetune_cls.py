@@ -81,7 +81,7 @@ K600_INTERMEDIATE = KINETICS | dict(  # appendix A: Kinetics-400 after fine-tuni
     drop_path={"vit_l": 0.2, "vit_h": 0.3},
 )
 DEMO = KINETICS | dict(  # vit_demo, minutes on two CPU cores
-    lr=4e-3,
+    lr=8e-3,
     warmup_epochs=2,
     epochs=24,
     repeat_aug=2,
@@ -92,7 +92,7 @@ DEMO = KINETICS | dict(  # vit_demo, minutes on two CPU cores
     micro_batch=None,  # all of them
     drop_path=0.1,
     dropout=0.0,
-    layer_decay=0.75,
+    layer_decay=0.6,
     crop_scale=[0.5, 1.0],
     views=(2, 3),
     img_size=48,

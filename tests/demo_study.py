@@ -34,7 +34,7 @@ RATES = 1e-3, 2e-3, 4e-3, 8e-3
 DECAYS = 1.0, 0.75, 0.6
 LENGTHS = {"finetune_cls": (12, 24), "finetune_ava": (60, 60)}
 BEST = {  # what is compared, among the search's best: learning rate, layer-wise decay, epochs
-    "finetune_cls": {"scratch": (1e-3, 0.6, 24), "pre-trained": (4e-3, 0.75, 24)},
+    "finetune_cls": {"scratch": (1e-3, 0.6, 24), "pre-trained": (8e-3, 0.6, 24)},
     "finetune_ava": {"scratch": (4e-3, 0.6, 60), "pre-trained": (8e-3, 0.45, 60)},
 }
 
